@@ -1,0 +1,55 @@
+# Every target works as the first command on a fresh clone: the stamp makes the environment once.
+#   make serve            a server on 127.0.0.1:8000 with the embedded model (MODEL=, ARGS= to change it)
+#   make test lint check  tests; ruff and mypy; both
+#   make bench            offline throughput (MODEL=, ARGS=)
+# PYTHON=... uses that interpreter as it is instead of .venv; PIP=... replaces its pip;
+# BASE_PYTHON=... is what .venv is made with; TORCH_ARGS=... goes to the torch install, for instance
+# "--index-url https://download.pytorch.org/whl/cpu" to keep 6 GB of CUDA libraries off a machine without a GPU.
+
+BASE_PYTHON ?= python3
+TORCH       ?= torch==2.13.0
+TORCH_ARGS  ?=
+MODEL       ?= demo
+ARGS        ?=
+
+ifdef PYTHON
+STAMP := .ready-$(subst /,_,$(PYTHON))
+else
+PYTHON := .venv/bin/python
+STAMP  := .venv/.ready
+endif
+PIP ?= $(PYTHON) -m pip
+
+.PHONY: setup serve test lint check bench demo-model clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+# torch goes first, on its own: once it is importable (say, a CPU build), the second line keeps it.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || $(BASE_PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH_ARGS) "$(TORCH)"
+	$(PIP) install --quiet -c constraints.txt hatchling editables
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	@touch $@
+
+serve: $(STAMP)
+	@exec $(PYTHON) -m tandem serve $(MODEL) $(ARGS)
+
+test: $(STAMP)
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+check: lint test
+
+bench: $(STAMP)
+	$(PYTHON) -m tandem bench throughput --model $(MODEL) --dtype bfloat16 $(ARGS)
+
+demo-model: $(STAMP)
+	$(PYTHON) tools/demo_model/train.py $(ARGS)
+
+clean:
+	rm -rf .venv .ready-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

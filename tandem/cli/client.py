@@ -1,0 +1,88 @@
+"""Talking to a running server: the options every client verb shares, one streamed request, its errors in words.
+
+Works with any OpenAI-compatible server. What is done with the text is the verbs' business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tandem.config import option
+from tandem.errors import TandemError
+
+if TYPE_CHECKING:
+    import httpx
+
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Which server, which model."""
+
+    url: str = option(DEFAULT_URL, "the server's OpenAI base URL", env="OPENAI_BASE_URL")
+    api_key: str | None = option(None, "its API key", env="OPENAI_API_KEY")
+    model_name: str | None = option(None, "model or adapter to talk to (default: the first the server lists)")
+
+
+def connect(address: ServerAddress) -> httpx.Client:
+    """A client for the server; opens no connection yet."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {}
+    return httpx.Client(base_url=address.url.rstrip("/") + "/", headers=headers, timeout=httpx.Timeout(10, read=None))
+
+
+def model_name(http: httpx.Client, address: ServerAddress) -> str:
+    """The model asked for, or the first the server lists. TandemError where no server answers."""
+    import httpx
+
+    if address.model_name:
+        return address.model_name
+    try:
+        response = http.get("models")
+    except httpx.TransportError as error:
+        raise unreachable(address.url, error) from error
+    if response.status_code != 200:
+        raise TandemError(failure(response.status_code, response.content))
+    return response.json()["data"][0]["id"]
+
+
+def unreachable(url: str, error: Exception) -> TandemError:
+    """The error for a server that does not answer, with what to do."""
+    advice = "start one in another terminal with: tandem serve" if url == DEFAULT_URL else "check --url"
+    return TandemError(f"no server answers at {url} ({error}): {advice}")
+
+
+def failure(status: int, body: bytes) -> str:
+    """An error reply in words: the message of OpenAI's error shape where there is one."""
+    try:
+        return f"the server answered {status}: {json.loads(body)['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {status}: {body[:300].decode(errors='replace')}"
+
+
+def stream_text(http: httpx.Client, route: str, body: dict[str, Any]) -> Iterator[str]:
+    """The pieces of text of one streamed chat or text completion. TandemError for whatever the server refuses."""
+    import httpx
+
+    try:
+        with http.stream("POST", route, json={**body, "stream": True}) as response:
+            if response.status_code != 200:
+                raise TandemError(failure(response.status_code, response.read()))
+            for line in response.iter_lines():
+                event = line.removeprefix("data: ")
+                if event is line or event == "[DONE]":
+                    continue
+                chunk = json.loads(event)
+                if "error" in chunk:
+                    raise TandemError(f"the server broke off: {chunk['error'].get('message')}")
+                for choice in chunk["choices"]:
+                    yield choice.get("text") or choice.get("delta", {}).get("content") or ""
+    except httpx.ConnectError as error:
+        raise unreachable(str(http.base_url).rstrip("/"), error) from error
+    except httpx.TransportError as error:
+        raise TandemError(f"the connection to the server broke: {error}") from error

@@ -1,0 +1,268 @@
+"""Every option of the engine and the server as frozen dataclasses; those of a client verb stand beside the verb. The
+command line is generated from the fields (`cli/options.py`), and this is the only file that reads the environment.
+Nobody changes a config after it is built; parts are given the narrow one they need, functions are given values.
+
+Names are vLLM's wherever the meaning is the same. Precedence: flag, `TANDEM_<FLAG>`, `--config FILE`, default.
+The second half of the file turns flags, environment and file into these dataclasses; it knows no command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tandem.errors import ConfigError
+
+
+def option(default, help: str, **extra):  # noqa: ANN001, ANN201
+    """A dataclass field with its help text.
+
+    `extra` may hold `choices`, `metavar`, `low` (the smallest number accepted) and `env` (another variable's name that
+    is honoured after `TANDEM_<FLAG>` and the file).
+    """
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help, **extra})
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights, on what."""
+
+    model: str = option("demo", "Hugging Face directory or hub id; 'demo' is the embedded model")
+    tokenizer: str | None = option(None, "tokenizer directory or hub id, if not the model's own")
+    revision: str | None = option(None, "hub revision (branch, tag or commit)")
+    dtype: str = option("auto", "weights and activations", choices=("auto", "float32", "bfloat16"))
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    max_model_len: int | None = option(
+        None, "longest context in tokens (default: the model's own, or what memory allows)", low=1
+    )
+    num_threads: int | None = option(
+        None, "CPU threads of the engine (default: all cores)", low=1, env="OMP_NUM_THREADS"
+    )
+    seed: int = option(0, "seeds requests that bring none of their own")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The KV cache."""
+
+    block_size: int = option(16, "tokens in one KV block", low=1)
+    kv_cache_memory_bytes: int | None = option(
+        None, "bytes for the KV cache (default: a share of the free memory)", low=1
+    )
+    num_blocks: int | None = option(None, "number of KV blocks, instead of a size in bytes", low=1)
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory the engine may fill", low=0.0)
+    enable_prefix_caching: bool = option(True, "keep and share the KV blocks of common prefixes")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How much goes into one step."""
+
+    max_num_seqs: int = option(64, "sequences running at once", low=1)
+    max_num_batched_tokens: int = option(512, "tokens in one step at most", low=1)
+    max_num_queued_reqs: int = option(1024, "waiting requests before new ones get 429", low=0)
+    max_wait_s: float = option(120.0, "predicted wait in seconds from which new requests get 429", low=0.0)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA adapters."""
+
+    lora_modules: list[str] = option([], "adapters to load at start, as name=path", metavar="NAME=PATH")
+    max_loras: int = option(32, "different adapters in one batch", low=1)
+    max_lora_rank: int = option(256, "largest rank accepted", low=1)
+    max_cpu_loras: int = option(256, "adapters resident at once", low=1)
+    lora_root: str | None = option(None, "directory outside of which /v1/load_lora_adapter may not read")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All the engine process needs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP side."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on (0: any free one)", low=0)
+    api_key: str | None = option(None, "clients must send this key (default: any key is accepted)")
+    served_model_name: list[str] = option([], "names of the base model in the API (default: the model as given)")
+    chat_template: str | None = option(None, "file with a Jinja chat template, or the template itself")
+    root_path: str = option("", "path prefix when behind a proxy")
+    allowed_origins: list[str] = option([], "origins allowed by CORS")
+    max_body_bytes: int = option(32 * 2**20, "largest request body accepted, in bytes", low=1)
+    vllm_metrics: bool = option(True, "also expose the vllm:* metric names")
+    uvicorn_log_level: str = option(
+        "warning", "log level of the HTTP server", choices=("critical", "error", "warning", "info", "debug", "trace")
+    )
+    disable_log_stats: bool = option(False, "no periodic line with throughput and cache use")
+
+
+# From text to fields. A flag, a variable and a file entry go through the same conversion and the same checks.
+
+
+@dataclass(frozen=True)
+class Option:
+    """One dataclass field as the outside sees it: `kind` is str, int, float or bool; `is_list` says several of them."""
+
+    name: str
+    kind: type
+    is_list: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    low: float | None
+    metavar: str | None
+    env: str | None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "TANDEM_" + self.name.upper()
+
+
+def options_of(*classes: type) -> dict[str, Option]:
+    """The options of config classes by name, nested configs flattened. A name twice is a programmer's mistake."""
+    found: dict[str, Option] = {}
+    for cls in classes:
+        kinds = typing.get_type_hints(cls)
+        for entry in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(kinds[entry.name]):
+                nested = options_of(kinds[entry.name])
+            else:
+                nested = {entry.name: _option(entry, kinds[entry.name])}
+            assert not found.keys() & nested.keys(), f"option names clash: {found.keys() & nested.keys()}"
+            found |= nested
+    return found
+
+
+def _option(entry: dataclasses.Field, kind: Any) -> Option:
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    is_list = typing.get_origin(kind) is list
+    if is_list:
+        (kind,) = typing.get_args(kind)
+    default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+    more = entry.metadata
+    return Option(
+        entry.name, kind, is_list, default, more.get("help", ""), tuple(more.get("choices", ())), more.get("low"),
+        more.get("metavar"), more.get("env"),
+    )  # fmt: skip
+
+
+def convert(option: Option, value: Any, source: str) -> Any:
+    """`value` (text, or what YAML made of it) as the option's kind. ConfigError names `source`."""
+    if not option.is_list:
+        return _scalar(option, value, source)
+    if isinstance(value, str):
+        parts = [value] if value.startswith("[") else value.split(",")
+        value = [part.strip() for part in parts if part.strip()]
+    if not isinstance(value, list):
+        raise ConfigError(f"{source} must be a list, not {value!r}")
+    if len(value) == 1 and str(value[0]).startswith("["):
+        value = _json_list(value[0], source)
+    return [_scalar(option, item, source) for item in value]
+
+
+def _json_list(text: str, source: str) -> list[Any]:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ConfigError(f"{source} starts like a JSON list but is none: {text!r}") from None
+
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+_TRUTHS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def _scalar(option: Option, value: Any, source: str) -> Any:
+    if isinstance(value, (list, dict)):
+        raise ConfigError(f"{source} must be a single value, not {value!r}")
+    text = str(value).strip()
+    try:
+        if option.kind is bool:
+            value = _TRUTHS[text.lower()]
+        elif option.kind is int:
+            scale = _SUFFIXES.get(text[-1:], 1)
+            number = float(text[:-1]) * scale if scale > 1 else int(text)
+            value = int(number)
+            if value != number:
+                raise ValueError
+        else:
+            value = option.kind(text)
+    except (ValueError, KeyError, OverflowError):
+        wanted = {bool: "true or false", int: "a whole number (k, m, g: thousands; K, M, G: 1024s)", float: "a number"}
+        raise ConfigError(f"{source} must be {wanted[option.kind]}, not {text!r}") from None
+    if option.choices and value not in option.choices:
+        raise ConfigError(f"{source} must be one of {', '.join(option.choices)}, not {text!r}")
+    if option.low is not None and not value >= option.low:
+        raise ConfigError(f"{source} must be at least {option.low}, not {text!r}")
+    return value
+
+
+def config_file(path: str, known: Iterable[str]) -> dict[str, Any]:
+    """The entries of a YAML file by option name. ConfigError for an unreadable file or a key not in `known`."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as stream:
+            entries = yaml.safe_load(stream) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from error
+    if not isinstance(entries, dict):
+        raise ConfigError(f"{path} must hold `option: value` lines, not a {type(entries).__name__}")
+    known, named = list(known), {}
+    for key, value in entries.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"{path}: unknown option '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
+        named[name] = value
+    return named
+
+
+def resolve(classes: tuple[type, ...], flags: Mapping[str, Any], path: str | None = None) -> list[Any]:
+    """One instance per class from `flags` (option name -> text or value), the environment, the file at `path` and
+    the defaults, in that order. ConfigError names where a bad value came from."""
+    known = options_of(*classes)
+    entries = config_file(path, known) if path else {}
+    values = {}
+    for name, opt in known.items():
+        if name in flags:
+            values[name] = convert(opt, flags[name], opt.flag)
+        elif os.environ.get(opt.variable):
+            values[name] = convert(opt, os.environ[opt.variable], opt.variable)
+        elif entries.get(name) is not None:
+            values[name] = convert(opt, entries[name], f"{path}: {name}")
+        elif opt.env and os.environ.get(opt.env):
+            values[name] = convert(opt, os.environ[opt.env].split(",")[0], opt.env)
+    return [_instance(cls, values) for cls in classes]
+
+
+def _instance(cls: type, values: Mapping[str, Any]) -> Any:
+    kinds = typing.get_type_hints(cls)
+    given = {}
+    for entry in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(kinds[entry.name]):
+            given[entry.name] = _instance(typing.cast(type, kinds[entry.name]), values)
+        elif entry.name in values:
+            given[entry.name] = values[entry.name]
+    return cls(**given)

@@ -1,0 +1,1 @@
+"""The loop. The only place where scheduler, memory and model meet."""

@@ -1,0 +1,260 @@
+"""The HTTP process's view of the engine: submit, cancel, adapters, figures. Async; imports no torch.
+
+Owns the engine process: `start` spawns it, `close` ends it, and its death reaches every open stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from tandem.config import EngineConfig
+from tandem.engine import messages
+from tandem.errors import EngineDead, Overloaded, TandemError
+from tandem.work import Adapter, EngineReport, EngineStats, Request, TokenEvent
+
+STOP_GRACE_S = 5.0
+
+
+class Stream:
+    """The news of one request: an async iterator of lists of events, one list a step, until all choices are done.
+
+    Raises the TandemError with which the engine refused the request, or EngineDead.
+    """
+
+    def __init__(self, client: EngineClient, request: Request) -> None:
+        self._client = client
+        self._queue: asyncio.Queue[list[TokenEvent] | TandemError] = asyncio.Queue()
+        self._open = request.sampling.n
+        self.request_id = request.request_id
+
+    def put(self, news: list[TokenEvent] | TandemError) -> None:
+        self._queue.put_nowait(news)
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        if self._open <= 0:
+            raise StopAsyncIteration
+        news = await self._queue.get()
+        if isinstance(news, TandemError):
+            self._open = 0
+            raise news
+        self._open -= sum(event.finish_reason is not None for event in news)
+        return news
+
+    async def aclose(self) -> None:
+        """Cancel what still runs. Idempotent."""
+        if self._open > 0:
+            self._open = 0
+            self._client.cancel(self.request_id)
+        self._client.forget(self.request_id)
+
+
+class EngineClient:
+    """One engine process. Attributes: `report`, `stats` (newest), `adapters` by name, `dead` (reason, once it died)."""
+
+    def __init__(self) -> None:
+        self.report: EngineReport
+        self.stats = EngineStats()
+        self.adapters: dict[str, Adapter] = {}
+        self.dead: str | None = None
+        self._streams: dict[str, Stream] = {}
+        self._calls: dict[int, asyncio.Future[None]] = {}
+        self._call_ids = itertools.count(1)
+        self._died = asyncio.Event()
+        self._closing = False
+        self._unseen = 0
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None
+    ) -> EngineClient:
+        """Spawn the engine and wait until it can serve. Raises what it failed with (ModelError, ConfigError, ...)."""
+        client = cls()
+        client._config = config
+        client._folder = Path(tempfile.mkdtemp(prefix="tandem-"))
+        client._context = zmq.asyncio.Context()
+        client._outbox = client._socket(zmq.PUSH, "to-engine")
+        client._inbox = client._socket(zmq.PULL, "from-engine")
+        addresses = [f"ipc://{client._folder}/{name}" for name in ("to-engine", "from-engine")]
+        client._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tandem.engine.process", *addresses, env=_environment(config)
+        )
+        client._watcher = asyncio.create_task(client._watch())
+        client._send(messages.Start(config))
+        try:
+            await client._until_ready(on_progress)
+        except BaseException:
+            await client.close()
+            raise
+        client._reader = asyncio.create_task(client._read())
+        return client
+
+    def _socket(self, kind: int, name: str) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)
+        socket.bind(f"ipc://{self._folder}/{name}")
+        return socket
+
+    async def _until_ready(self, on_progress: Callable[[int, int], None] | None) -> None:
+        while True:
+            receive = asyncio.ensure_future(self._inbox.recv())
+            died = asyncio.ensure_future(self._died.wait())
+            await asyncio.wait((receive, died), return_when=asyncio.FIRST_COMPLETED)
+            died.cancel()
+            if not receive.done():
+                # The last words may still be on their way when the process is already gone.
+                await asyncio.wait((receive,), timeout=0.5)
+            if not receive.done():
+                receive.cancel()
+                raise EngineDead(self.dead or "the engine process ended during start-up")
+            match messages.decode_from_engine(receive.result()):
+                case messages.Ready(report=report, adapters=adapters):
+                    self.report = report
+                    self.adapters = {adapter.name: adapter for adapter in adapters}
+                    return
+                case messages.Failed(error=error):
+                    raise error.restore()
+                case messages.Progress(done=done, total=total):
+                    if on_progress is not None:
+                        on_progress(done, total)
+
+    # ------------------------------------------------------------ what callers use
+
+    def submit(self, request: Request) -> Stream:
+        """Hand a request to the engine. Raises Overloaded or EngineDead at once; never waits."""
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        limits = self._config.scheduler
+        waiting = self.stats.num_waiting + self._unseen
+        if waiting + request.sampling.n > limits.max_num_queued_reqs:
+            raise Overloaded(f"{waiting} requests wait already (limit {limits.max_num_queued_reqs}): try again later")
+        if self.stats.predicted_wait_s > limits.max_wait_s:
+            wait_s = self.stats.predicted_wait_s
+            raise Overloaded(f"a new request would wait about {wait_s:.0f} s: try again later", retry_after=wait_s)
+        if request.request_id in self._streams:
+            raise TandemError(f"request id {request.request_id} is in use")
+        stream = self._streams[request.request_id] = Stream(self, request)
+        self._unseen += request.sampling.n
+        self._send(messages.Submit(request))
+        return stream
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Drop a request or one choice; unknown ids do nothing."""
+        if self.dead is None:
+            self._send(messages.Cancel(request_id, index))
+
+    def forget(self, request_id: str) -> None:
+        """Take no more news of a request."""
+        self._streams.pop(request_id, None)
+
+    async def load_adapter(self, name: str, path: str) -> Adapter:
+        """Publish a PEFT directory under `name`. Raises ModelError, InvalidRequest, Conflict, EngineDead."""
+        await self._call(lambda call_id: messages.LoadAdapter(call_id, name, str(path)))
+        return self.adapters[name]
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unpublish `name`; requests that use it finish with it. Raises NotFound, EngineDead."""
+        await self._call(lambda call_id: messages.UnloadAdapter(call_id, name))
+
+    async def wait_dead(self) -> str:
+        """Return the reason once the engine process has ended."""
+        await self._died.wait()
+        return self.dead or "the engine was closed"
+
+    async def close(self) -> None:
+        """End the engine process and clean up. Idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._process.returncode is None:
+            self._send(messages.Shutdown())
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        await self._watcher
+        if hasattr(self, "_reader"):
+            self._reader.cancel()
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ------------------------------------------------------------ the border
+
+    def _send(self, message: messages.ToEngine) -> None:
+        # No high-water mark: the bounded queue is kept above, so this never blocks.
+        zmq.Socket.send(self._outbox, messages.encode(message), zmq.NOBLOCK)
+
+    async def _call(self, build: Callable[[int], messages.ToEngine]) -> None:
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        call_id = next(self._call_ids)
+        future = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        self._send(build(call_id))
+        try:
+            await future
+        finally:
+            del self._calls[call_id]
+
+    async def _read(self) -> None:
+        while True:
+            self._receive(messages.decode_from_engine(await self._inbox.recv()))
+
+    def _receive(self, message: messages.FromEngine) -> None:
+        match message:
+            case messages.Stepped(events=events, stats=stats):
+                self.stats = stats
+                self._unseen = 0
+                self._deliver(events)
+            case messages.Refused(request_id=request_id, error=error):
+                if stream := self._streams.pop(request_id, None):
+                    stream.put(error.restore())
+            case messages.Replied(call_id=call_id, adapters=adapters, error=error):
+                self.adapters = {adapter.name: adapter for adapter in adapters}
+                if (future := self._calls.get(call_id)) and not future.done():
+                    if error is None:
+                        future.set_result(None)
+                    else:
+                        future.set_exception(error.restore())
+            case messages.Failed(error=error):
+                self._die(error.message)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        grouped: dict[str, list[TokenEvent]] = {}
+        for event in events:
+            grouped.setdefault(event.request_id, []).append(event)
+        for request_id, news in grouped.items():
+            if stream := self._streams.get(request_id):
+                stream.put(news)
+
+    async def _watch(self) -> None:
+        code = await self._process.wait()
+        self._die("the engine was closed" if self._closing else f"the engine process ended with code {code}")
+
+    def _die(self, reason: str) -> None:
+        self.dead = self.dead or reason
+        for stream in self._streams.values():
+            stream.put(EngineDead(self.dead))
+        self._streams.clear()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDead(self.dead))
+        self._died.set()
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    """OpenMP reads its thread count once, when the library loads."""
+    threads = config.model.num_threads
+    return {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}

@@ -1,0 +1,246 @@
+"""The step loop in one process: snapshot -> plan -> reserve -> execute -> commit.
+
+Here the scheduler (what next), memory (who owns what) and the worker (one device) meet; none of them knows the others.
+No text, no HTTP, no processes: those are `tokenizer`, `api` and `engine/client`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import msgspec
+
+from tandem.config import EngineConfig
+from tandem.engine.sampler import Draw
+from tandem.engine.worker import RowInput, Worker
+from tandem.errors import ContextTooLong, InvalidRequest, Overloaded
+from tandem.memory.adapters import AdapterTable
+from tandem.memory.blocks import BlockPool
+from tandem.model.adapter import AdapterWeights
+from tandem.scheduler import budget, policy
+from tandem.scheduler.budget import Load, Measurement
+from tandem.scheduler.state import Row, State
+from tandem.work import Adapter, EngineReport, EngineStats, Request, SamplingParams, StepPlan, StepResult, TokenEvent
+
+# Steps kept for `plan_log`: a bad minute can be looked at afterwards.
+PLAN_LOG_STEPS = 4096
+# Steps over which the rate of finished sequences is taken.
+RECENT_STEPS = 256
+
+
+class Engine:
+    """A model being served. `submit` requests, call `step` while `has_work`; each step returns the news.
+
+    Raises ModelError or ConfigError where the model cannot run here.
+    """
+
+    def __init__(self, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> None:
+        self.config = config
+        self.worker = Worker(config.model, config.cache, config.scheduler, config.adapters, on_progress)
+        self.blocks = BlockPool(self.worker.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching)
+        self.adapters = AdapterTable(config.adapters.max_cpu_loras)
+        self.state = State(self.worker.spec.eos_token_ids, self.worker.max_model_len)
+        self.limits = policy.Limits(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            block_size=config.cache.block_size,
+            max_loras=config.adapters.max_loras,
+            cost=budget.fit([Measurement(Load(*load), seconds) for *load, seconds in self.worker.measure()]),
+        )
+        self.stats = EngineStats(blocks_total=self.blocks.num_total)
+        self.plan_log: deque[tuple[StepPlan, float]] = deque(maxlen=PLAN_LOG_STEPS)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
+
+    @property
+    def report(self) -> EngineReport:
+        return msgspec.structs.replace(
+            self.worker.report(),
+            max_num_seqs=self.limits.max_num_seqs,
+            adapter_names=self.adapters.names(),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.state.num_running + self.state.num_waiting > 0
+
+    # ------------------------------------------------------------ requests
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its adapter version is pinned now.
+
+        Raises InvalidRequest, ContextTooLong, NotFound (adapter) or Overloaded; then nothing was queued.
+        """
+        self._check(request)
+        version = self.adapters.resolve(request.adapter)
+        seed = request.sampling.seed
+        rows = self.state.add(request, version, secrets.randbits(63) if seed is None else seed)
+        for _ in rows:
+            self.adapters.pin(version)
+
+    def _check(self, request: Request) -> None:
+        vocab, longest = self.worker.spec.vocab_size, self.worker.max_model_len
+        prompt, sampling = request.prompt, request.sampling
+        if not prompt:
+            raise InvalidRequest("the prompt is empty: send at least one token", "prompt")
+        outside = next((t for t in prompt if not 0 <= t < vocab), None)
+        if outside is not None:
+            raise InvalidRequest(f"token id {outside} is outside the vocabulary of {vocab}", "prompt")
+        if any(not 0 <= t < vocab for t in sampling.logit_bias):
+            raise InvalidRequest(f"logit_bias names a token id outside the vocabulary of {vocab}", "logit_bias")
+        if len(prompt) + sampling.max_tokens > longest:
+            raise ContextTooLong(
+                f"prompt ({len(prompt)} tokens) and max_tokens ({sampling.max_tokens}) exceed the context of "
+                f"{longest} tokens: shorten the prompt or lower max_tokens",
+                "prompt" if len(prompt) >= longest else "max_tokens",
+            )
+        if any(row.request.request_id == request.request_id for row in self.state.rows.values()):
+            raise InvalidRequest(f"request id {request.request_id} is in use: choose another", "request_id")
+        limit = self.config.scheduler.max_num_queued_reqs
+        if self.state.num_waiting + sampling.n > limit:
+            raise Overloaded(f"{self.state.num_waiting} requests wait already (limit {limit}): try again later")
+        wait_s = self._predicted_wait()
+        if wait_s > self.config.scheduler.max_wait_s:
+            raise Overloaded(f"a new request would wait about {wait_s:.0f} s: try again later", retry_after=wait_s)
+
+    def cancel(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
+        """Drop a request, or one choice of it; its blocks are free when this returns. Unknown ids do nothing."""
+        rows = self.state.cancel(request_id, index)
+        self._release(rows)
+        return [TokenEvent(request_id=request_id, index=row.index, finish_reason="cancelled") for row in rows]
+
+    # ------------------------------------------------------------ adapters
+
+    def load_adapter(self, name: str, path: str, weights: AdapterWeights | None = None) -> Adapter:
+        """Publish a PEFT directory as the newest version of `name`. Raises ModelError, InvalidRequest, Conflict."""
+        if not name or name == self.config.model.model:
+            raise InvalidRequest(f"{name!r} cannot name an adapter: it is empty or the base model's", "lora_name")
+        weights = weights or self.worker.read_adapter(path)
+        adapter = self.adapters.publish(name, weights.rank, str(path), weights.base_model)
+        self.worker.install(adapter.version, weights)
+        self._forget(self.adapters.take_freed())
+        return adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Unpublish `name` at once; its bytes go with the last request that uses it. Raises NotFound."""
+        self._forget(self.adapters.retire(name))
+
+    def published(self) -> list[Adapter]:
+        """The adapter versions that new requests may use, oldest name first."""
+        return [self.adapters.adapter(self.adapters.resolve(name)) for name in self.adapters.names()]
+
+    def _forget(self, versions: Sequence[int]) -> None:
+        for version in versions:
+            self.blocks.drop_version(version)
+            self.worker.forget(version)
+
+    # ------------------------------------------------------------ the step
+
+    def step(self) -> list[TokenEvent]:
+        """One iteration: everything that runs advances, within the plan's limits."""
+        plan = policy.plan(self.state.snapshot(self.blocks, self.limits), self.limits)
+        reservation = self.blocks.reserve(plan, self.state.rows)
+        rank_rows = self._activate(plan)
+        result = self.worker.step(plan, self._inputs(plan), reservation.copies, rank_rows)
+        return self._commit(plan, result)
+
+    def _activate(self, plan: StepPlan) -> dict[int, tuple[int, int]]:
+        """Rank rows of every adapter version in the plan; versions new to the pool are copied in."""
+        versions = sorted({self.state.row(segment.row).version for segment in plan.segments} - {0})
+        for load in self.adapters.reserve(versions):
+            self.worker.load_rows(load.version, load.lo, load.hi, self.adapters.num_rows)
+        return {version: self.adapters.rows(version) for version in versions}
+
+    def _inputs(self, plan: StepPlan) -> dict[int, RowInput]:
+        inputs = {}
+        for segment in plan.segments:
+            row = self.state.row(segment.row)
+            draw = Draw(row.request.sampling, row.seed, row.index, row.tokens, row.num_prompt, self.worker.spec.eos_token_ids)
+            inputs[segment.row] = RowInput(row.tokens, self.blocks.table(segment.row), row.version, draw)
+        return inputs
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        rows = [self.state.row(segment.row) for segment in plan.segments]
+        events, finished = self.state.commit(plan, result)
+        for row in rows:
+            self.blocks.commit(row.row_id, row.version, row.tokens, row.num_computed)
+        self._release(finished)
+        if plan.segments:
+            self.limits = replace(self.limits, cost=self.limits.cost.corrected(plan.predicted_s, result.seconds))
+        self.plan_log.append((plan, result.seconds))
+        self._recent.append((result.seconds, len(finished)))
+        self._count(plan, result, events)
+        return events
+
+    def _release(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.blocks.release(row.row_id)
+            self._forget(self.adapters.unpin(row.version))
+
+    # ------------------------------------------------------------ figures
+
+    def _count(self, plan: StepPlan, result: StepResult, events: Sequence[TokenEvent]) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.step_tokens += plan.num_tokens
+        stats.step_s += result.seconds
+        stats.preemptions += len(plan.preempt)
+        stats.generation_tokens += sum(event.token_id is not None for event in events)
+        stats.prompt_tokens += sum(s.length for s in plan.segments if s.length > 1 or not s.samples)
+        stats.prefix_queries, stats.prefix_hits = self.blocks.num_queried, self.blocks.num_hit
+        self.refresh_stats()
+
+    def refresh_stats(self) -> EngineStats:
+        """Bring the gauges up to date and return all figures."""
+        stats = self.stats
+        stats.num_running, stats.num_waiting = self.state.num_running, self.state.num_waiting
+        stats.blocks_used = self.blocks.num_used
+        stats.predicted_wait_s = self._predicted_wait()
+        names = {adapter.version: adapter.name for adapter in self.published()}
+        stats.running_adapters = sorted({names[r.version] for r in self.state.running if r.version in names})
+        stats.waiting_adapters = sorted({names[r.version] for r in self.state.waiting if r.version in names})
+        return stats
+
+    def _predicted_wait(self) -> float:
+        full = self.limits.max_num_batched_tokens
+        seconds = sum(s for s, _ in self._recent)
+        return budget.predicted_wait(
+            self.state.queued_tokens,
+            tokens_per_s=full / self.limits.cost.seconds(Load(tokens=full)),
+            queued_rows=self.state.num_waiting,
+            free_seats=self.limits.max_num_seqs - self.state.num_running,
+            rows_per_s=sum(finished for _, finished in self._recent) / seconds if seconds else 0.0,
+        )
+
+    def check(self) -> None:
+        """The idle integrity check: every block and pin accounted for. Raises AssertionError."""
+        self.blocks.check()
+        self.adapters.check()
+        if not self.has_work:
+            assert self.blocks.num_used == 0, f"{self.blocks.num_used} blocks leaked"
+            assert self.adapters.num_pins == 0, f"{self.adapters.num_pins} adapter pins leaked"
+
+    # ------------------------------------------------------------ offline use
+
+    def run(self) -> Iterator[list[TokenEvent]]:
+        """Step until nothing is left to do."""
+        while self.has_work:
+            yield self.step()
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, adapter: str | None = None) -> list[list[int]]:
+        """Token ids generated for each prompt (choice 0), stop tokens included."""
+        tag = f"generate-{time.monotonic_ns()}"
+        found: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            found[f"{tag}-{i}"] = []
+            self.submit(Request(request_id=f"{tag}-{i}", prompt=list(prompt), sampling=sampling, adapter=adapter))
+        for events in self.run():
+            for event in events:
+                if event.index == 0 and event.token_id is not None and event.request_id in found:
+                    found[event.request_id].append(event.token_id)
+        return list(found.values())
+
+

@@ -1,0 +1,283 @@
+"""One device: its weights, its KV cache, its adapters' bytes; runs one StepPlan at a time. Decides nothing.
+
+Shape letters: T flat tokens, M sampled rows, V vocabulary, R rank rows.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tandem import ops
+from tandem.config import AdapterConfig, CacheConfig, ModelConfig, SchedulerConfig
+from tandem.engine import batch as batches
+from tandem.engine import sampler
+from tandem.engine.sampler import Draw
+from tandem.errors import ConfigError
+from tandem.memory import arena
+from tandem.model.adapter import AdapterWeights, read_adapter
+from tandem.model.decoder import Decoder, LoraBatch
+from tandem.model.spec import load_spec, targets
+from tandem.model.weights import load_weights, resolve_model
+from tandem.work import EngineReport, Segment, StepPlan, StepResult, TopLogprobs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+@dataclass(frozen=True, slots=True)
+class RowInput:
+    """What the device must know of a row in this step."""
+
+    tokens: Sequence[int]
+    blocks: Sequence[int]
+    version: int
+    draw: Draw
+
+
+class Worker:
+    """Loads a model and executes steps. Raises ModelError or ConfigError where the model cannot run here."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        cache: CacheConfig,
+        scheduler: SchedulerConfig,
+        adapters: AdapterConfig,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        start = time.perf_counter()
+        if model.num_threads:
+            torch.set_num_threads(model.num_threads)
+        self.device = _device(model.device)
+        path = ASSETS / "demo" if model.model == "demo" else resolve_model(model.model, model.revision)
+        self.spec = load_spec(path, model.max_model_len)
+        self.dtype = _dtype(model.dtype, self.spec.dtype)
+        self.kernels = ops.load(self.device.type, self.dtype)
+        weights = load_weights(
+            path, self.spec, dtype=self.dtype, device=self.device, kernels=self.kernels, progress=on_progress
+        )
+        self.decoder = Decoder(self.spec, weights, self.kernels)
+        self.load_s = time.perf_counter() - start
+        self.name = model.model
+        self.weight_bytes = weights.nbytes
+        self.max_lora_rank = adapters.max_lora_rank
+        self.block_size = cache.block_size
+        self.num_blocks, self.max_model_len = self._plan_cache(cache, scheduler, model.max_model_len)
+        self.kv = arena.allocate_kv(
+            len(self.spec.layers), self.num_blocks, self.block_size, self.spec.num_kv_heads, self.spec.head_dim,
+            self.dtype, self.device,
+        )  # fmt: skip
+        self.caches = list(self.kv.unbind(0))
+        shapes = {name: (t.in_features, t.out_features) for name, t in targets(self.spec).items()}
+        self.pool = arena.AdapterPool(len(self.spec.layers), shapes, self.dtype, self.device)
+        self.resident: dict[int, AdapterWeights] = {}
+        self.batch_invariant = self._batch_invariant()
+
+    def _plan_cache(self, cache: CacheConfig, scheduler: SchedulerConfig, asked_len: int | None) -> tuple[int, int]:
+        """Number of blocks and the longest context. A length nobody asked for shrinks to what the memory holds."""
+        spec = self.spec
+        size = arena.block_bytes(len(spec.layers), cache.block_size, spec.num_kv_heads, spec.head_dim, self.dtype)
+        longest = asked_len or spec.max_position
+        enough = scheduler.max_num_seqs * -(-longest // cache.block_size) + 1
+        if cache.num_blocks is not None:
+            num_blocks = cache.num_blocks
+        else:
+            allowed = cache.kv_cache_memory_bytes
+            if allowed is None:
+                allowed = arena.default_kv_bytes(self.device, cache.gpu_memory_utilization)
+            num_blocks = min(allowed // size, enough)
+        fits = (num_blocks - 1) * cache.block_size
+        if num_blocks < 2 or (asked_len and fits < asked_len):
+            raise ConfigError(
+                f"the KV cache holds {max(fits, 0)} tokens but the context is {longest}: raise "
+                f"--kv-cache-memory-bytes ({size} bytes a block of {cache.block_size} tokens) or lower --max-model-len"
+            )
+        return num_blocks, min(longest, fits)
+
+    def report(self) -> EngineReport:
+        """What start-up lines, /metrics and doctor say of this device."""
+        return EngineReport(
+            model=self.name,
+            architecture=self.spec.architecture,
+            num_parameters=self.spec.num_parameters,
+            weight_bytes=self.weight_bytes,
+            load_s=self.load_s,
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            isa=_isa(self.device),
+            num_threads=torch.get_num_threads(),
+            dtype=str(self.dtype).removeprefix("torch."),
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            kv_bytes=self.kv.nbytes,
+            max_model_len=self.max_model_len,
+            vocab_size=self.spec.vocab_size,
+            batch_invariant=self.batch_invariant,
+            eos_token_ids=list(self.spec.eos_token_ids),
+            kernels=self.kernels.name,
+        )
+
+    # ------------------------------------------------------------ adapters
+
+    def read_adapter(self, path: str) -> AdapterWeights:
+        """Read and check a PEFT directory; touches no state, so any thread may call it."""
+        return read_adapter(path, self.spec, self.dtype, self.device, self.max_lora_rank)
+
+    def install(self, version: int, weights: AdapterWeights) -> None:
+        self.resident[version] = weights
+
+    def forget(self, version: int) -> None:
+        del self.resident[version]
+
+    def load_rows(self, version: int, low: int, high: int, capacity: int) -> None:
+        """Copy a resident adapter into rank rows low..high of the stacked pool."""
+        self.pool.grow(capacity)
+        self.pool.write(low, high, self.resident[version].layers)
+
+    # ------------------------------------------------------------ the step
+
+    @torch.inference_mode()
+    def step(
+        self,
+        plan: StepPlan,
+        rows: Mapping[int, RowInput],
+        copies: Sequence[tuple[int, int]] = (),
+        rank_rows: Mapping[int, tuple[int, int]] | None = None,
+    ) -> StepResult:
+        """Run one plan: block copies, one forward over all segments, sampling. `rank_rows`: version -> pool rows."""
+        start = time.perf_counter()
+        batch = batches.build(
+            plan,
+            {row: r.tokens for row, r in rows.items()},
+            {row: r.blocks for row, r in rows.items()},
+            {row: r.version for row, r in rows.items()},
+            self.block_size,
+            self.device,
+        )
+        self._prepare_blocks(batch, copies)
+        hidden_TD = self.decoder.forward(batch.tokens_T, batch.layout, self.caches, self._lora(batch, rank_rows or {}))
+        result = StepResult(prompt_logprobs=self._prompt_logprobs(plan, rows, batch, hidden_TD))
+        if batch.sampling:
+            logits_MV = self.decoder.logits(hidden_TD[batch.sample_rows_M])
+            draws = [rows[s.row].draw for s in batch.sampling]
+            tokens, reports = sampler.sample(logits_MV, draws)
+            for segment, token, report in zip(batch.sampling, tokens, reports, strict=True):
+                result.tokens[segment.row] = token
+                if report is not None:
+                    result.logprobs[segment.row] = report
+        result.seconds = time.perf_counter() - start
+        return result
+
+    def _prepare_blocks(self, batch: batches.Batch, copies: Sequence[tuple[int, int]]) -> None:
+        # A reused block may hold another sequence's NaN; masked slots are multiplied by zero, and 0 * NaN is NaN.
+        if batch.fresh_blocks_N.numel():
+            self.kv.index_fill_(2, batch.fresh_blocks_N, 0)
+        if copies:
+            source, destination = torch.tensor(copies, dtype=torch.int64, device=self.device).T
+            self.kv[:, :, destination] = self.kv[:, :, source]
+
+    def _lora(self, batch: batches.Batch, rank_rows: Mapping[int, tuple[int, int]]) -> LoraBatch | None:
+        active = [(start, stop, *rank_rows[version]) for start, stop, version in batch.ranges if version]
+        if not active:
+            return None
+        used = max(high for _, _, _, high in active)
+        mask_TR = torch.zeros(batch.tokens_T.shape[0], used, dtype=self.dtype)
+        for start, stop, low, high in active:
+            mask_TR[start:stop, low:high] = 1
+        return LoraBatch(mask_TR=mask_TR.to(self.device), layers=self.pool.view(used))
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, rows: Mapping[int, RowInput], batch: batches.Batch, hidden_TD: Tensor
+    ) -> dict[int, list[TopLogprobs]]:
+        found: dict[int, list[TopLogprobs]] = {}
+        for segment in plan.segments:
+            draw = rows[segment.row].draw
+            wanted = draw.params.prompt_logprobs
+            last = min(segment.stop, draw.num_prompt - 1)
+            if wanted is None or draw.index or segment.start >= last:
+                continue
+            first = batch.starts[segment.row]
+            flat_M = torch.arange(first, first + last - segment.start, device=self.device)
+            following = list(draw.tokens[segment.start + 1 : last + 1])
+            logits_MV = self.decoder.logits(hidden_TD[flat_M])
+            found[segment.row] = sampler.top_logprobs(logits_MV, following, [wanted] * len(following))
+        return found
+
+    # ------------------------------------------------------------ measurements
+
+    def measure(self) -> list[tuple[int, int, int, int, float]]:
+        """Time real steps on scratch blocks: (tokens, context read, query x key pairs, sampled rows, seconds)."""
+        shapes = [(1, 16, 0), (4, 16, 0), (16, 16, 0), (1, 16, 60), (1, 16, 252), (4, 256, 0), (1, 16, 28)]
+        found = []
+        for singles, context, chunk in [shapes[0], *shapes]:
+            plan, rows = self._synthetic(singles, context, chunk)
+            seconds = sorted(self.step(plan, rows).seconds for _ in range(2))[0]
+            pairs = chunk * (chunk + 1) // 2
+            found.append((singles + chunk, singles * context, pairs, singles, seconds))
+        self.kv.zero_()
+        return found[1:]
+
+    def _synthetic(self, singles: int, context: int, chunk: int) -> tuple[StepPlan, dict[int, RowInput]]:
+        """A plan of `singles` decodes at `context` tokens and one chunk, all on the same blocks: only for timing."""
+        context = min(context, self.max_model_len - 1)
+        chunk = min(chunk, self.max_model_len - 1)
+        blocks = [i % (self.num_blocks - 1) + 1 for i in range(-(-max(context, chunk, 1) // self.block_size))]
+        tokens = [0] * max(context, chunk, 1)
+        draw = Draw(sampler.SamplingParams(temperature=0.0), 0, 0, tokens, 1)
+        segments = [Segment(i, context - 1, 1, True) for i in range(singles)]
+        if chunk:
+            segments.append(Segment(singles, 0, chunk, False))
+        rows = {s.row: RowInput(tokens, blocks, 0, draw) for s in segments}
+        return StepPlan(tuple(segments)), rows
+
+    @torch.inference_mode()
+    def _batch_invariant(self) -> bool:
+        """Whether a row's logits are bitwise the same alone (padded) and among others, on this machine."""
+        plan, rows = self._synthetic(1, 8, 0)
+        many, many_rows = self._synthetic(13, 8, 21)
+        one = self._final_hidden(plan, rows)[0]
+        other = self._final_hidden(many, many_rows)[5]
+        self.kv.zero_()
+        return bool(torch.equal(one, other))
+
+    def _final_hidden(self, plan: StepPlan, rows: Mapping[int, RowInput]) -> Tensor:
+        self.kv.zero_()
+        batch = batches.build(
+            plan,
+            {row: r.tokens for row, r in rows.items()},
+            {row: r.blocks for row, r in rows.items()},
+            {row: 0 for row in rows},
+            self.block_size,
+            self.device,
+        )
+        return self.decoder.forward(batch.tokens_T, batch.layout, self.caches, None)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+    return torch.device(name)
+
+
+def _dtype(name: str, checkpoint: str) -> torch.dtype:
+    """'auto' follows the checkpoint; float16 ones run in bfloat16."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if checkpoint == "float32" else torch.bfloat16
+
+
+def _isa(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "sm_%d%d" % torch.cuda.get_device_capability(device)
+    names = [torch.backends.cpu.get_cpu_capability()]
+    probes = {"BF16": "_is_avx512_bf16_supported", "VNNI": "_is_vnni_supported", "AMX": "_is_amx_tile_supported"}
+    names += [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
+    return "+".join(names)

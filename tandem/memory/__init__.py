@@ -1,0 +1,1 @@
+"""Who owns which bytes. `blocks` and `adapters` count in integers; only `arena` allocates tensors."""

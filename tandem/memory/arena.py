@@ -1,0 +1,111 @@
+"""The one file that allocates long-lived device tensors: the KV cache and the stacked pool of active adapters.
+
+Who owns which block or rank row is decided elsewhere (`blocks`, `adapters`, integers only); here are only the bytes.
+
+Shape letters: L layers, N blocks, S slots a block, K kv heads, D head_dim, C capacity in rank rows, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+# A cache beyond this on a CPU is rarely of use and is memory the user has other plans for.
+DEFAULT_CPU_KV_BYTES = 4 * 2**30
+FREE_SHARE = 0.5
+
+
+def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV block over all layers, keys and values."""
+    return num_layers * 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def available_bytes(device: torch.device, gpu_memory_utilization: float) -> int:
+    """Bytes that may still be allocated, control groups counted."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, free - int((1 - gpu_memory_utilization) * total))
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(0, free)
+
+
+def default_kv_bytes(device: torch.device, gpu_memory_utilization: float) -> int:
+    """How much the KV cache gets when nobody says: all of the GPU's share, or half of a CPU's free memory, capped."""
+    free = available_bytes(device, gpu_memory_utilization)
+    return free if device.type == "cuda" else min(int(free * FREE_SHARE), DEFAULT_CPU_KV_BYTES)
+
+
+def allocate_kv(
+    num_layers: int,
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The KV cache as one zeroed tensor [L, 2, N, S, K, D]; zeros, because masked slots are still multiplied by 0."""
+    shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+class AdapterPool:
+    """The factors of the adapters in use, stacked by rank row: per layer and target a_CI and b_CO.
+
+    One matmul against the first rows of a_CI serves every adapter of a batch; a 0/1 mask keeps them apart.
+    Rows that nobody wrote are zero.
+    """
+
+    def __init__(
+        self, num_layers: int, targets: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`targets` maps a LoRA module name to (in_features, out_features)."""
+        self.targets = dict(targets)
+        self.dtype = dtype
+        self.device = device
+        self.capacity = 0
+        self._layers: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(num_layers)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes + b.nbytes for layer in self._layers for a, b in layer.values())
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` rank rows; what is written stays."""
+        if capacity <= self.capacity:
+            return
+        self.capacity = capacity
+        for layer in self._layers:
+            for name, (a, b) in layer.items():
+                layer[name] = (self._grown(a), self._grown(b))
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = torch.zeros(self.capacity, old.shape[1], dtype=old.dtype, device=old.device)
+        new[: old.shape[0]] = old
+        return new
+
+    def write(self, low: int, high: int, factors: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> None:
+        """Put one adapter into rows low..high: per layer, by target, (a_RI, b_RO) with R <= high - low."""
+        for layer, own in zip(self._layers, factors, strict=True):
+            for name, (a_RI, b_RO) in own.items():
+                if name not in layer:
+                    layer[name] = tuple(  # type: ignore[assignment]
+                        torch.zeros(self.capacity, width, dtype=self.dtype, device=self.device)
+                        for width in self.targets[name]
+                    )
+            for name, stacks in layer.items():
+                for stack in stacks:
+                    stack[low:high] = 0
+                for stack, factor in zip(stacks, own.get(name, ()), strict=False):
+                    stack[low : low + factor.shape[0]] = factor
+
+    def view(self, used_rows: int) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """The first `used_rows` rows of every stack."""
+        return [{name: (a[:used_rows], b[:used_rows]) for name, (a, b) in layer.items()} for layer in self._layers]

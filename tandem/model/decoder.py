@@ -1,0 +1,182 @@
+"""What the numbers mean: one forward for all rows of a batch, for every family that `spec.py` can describe.
+
+Here: the order of operations. Not here: how an operation is done (`ops/`), where weights come from (`weights.py`),
+who is in the batch (`engine/`).
+
+Shape letters: T rows of the flat batch, D hidden size, M rows whose logits are wanted, V vocabulary, R rank rows,
+O output features, I input features, H heads, K kv heads, F rotary frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, pad
+
+from tandem.model.spec import LayerSpec, ModelSpec, RopeSpec, targets
+from tandem.model.weights import LayerWeights, Weights
+from tandem.ops import Kernels
+from tandem.ops.attention import Layout, Reads
+from tandem.ops.linear import LinearWeight
+
+MIN_ROWS = 4  # from here on a row's result does not depend on how many others there are
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBatch:
+    """The adapters of one batch. mask_TR is 1 where rank row r belongs to the adapter of row t.
+
+    layers: per layer, by target name, (a_RI, b_RO), the scaling already in b.
+    """
+
+    mask_TR: Tensor
+    layers: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What is the same in all layers of one forward."""
+
+    layout: Layout
+    reads: dict[int | None, Reads]
+    angles: dict[RopeSpec, tuple[Tensor, Tensor]]
+
+
+class Decoder:
+    """A model's weights with the way through them. Holds no state of any sequence."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, kernels: Kernels) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.kernels = kernels
+        self.targets = targets(spec)
+        self.dtype = weights.embedding_VD.dtype
+        self.gated = {"silu": kernels.silu_mul, "gelu_tanh": kernels.gelu_tanh_mul}[spec.activation]
+        device = weights.embedding_VD.device
+        ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
+        self.frequencies = {rope: rope_frequencies(rope).to(device) for rope in ropes}
+        self.windows = {layer.window for layer in spec.layers}
+
+    def forward(
+        self, tokens_T: Tensor, layout: Layout, caches: Sequence[Tensor], lora: LoraBatch | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm, [T, D]. Keys and values of all rows are written to `caches`, one per
+        layer, [2, num_blocks, block_size, K, head_dim]. T is at least 4, padding included."""
+        step = self._begin(layout, caches[0].shape[2])
+        x_TD = embedding(tokens_T, self.weights.embedding_VD)
+        if self.spec.embedding_scale is not None:
+            # The scale in the model's own precision, as the checkpoints were trained.
+            x_TD = x_TD * torch.tensor(self.spec.embedding_scale, dtype=self.dtype, device=x_TD.device)
+        for index, (layer, weights) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
+            x_TD = self._layer(x_TD, layer, weights, caches[index], step, _of_layer(lora, index))
+        return self._norm(x_TD, self.weights.final_norm_D)
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """float32 logits [M, V] of final hidden states."""
+        num_rows = len(hidden_MD)
+        padded = pad(hidden_MD, (0, 0, 0, MIN_ROWS - num_rows)) if num_rows < MIN_ROWS else hidden_MD
+        logits_MV = self.kernels.linear(padded, self.weights.lm_head)[:num_rows].float()
+        if self.spec.final_softcap is not None:
+            logits_MV = self.kernels.softcap(logits_MV, self.spec.final_softcap)
+        return logits_MV
+
+    def _begin(self, layout: Layout, block_size: int) -> _Step:
+        reads = {w: self.kernels.prepare_attention(layout, block_size, self.dtype, w) for w in self.windows}
+        angles = {
+            rope: self.kernels.rope_angles(layout.positions_T, frequencies_F, rope.scale, self.dtype)
+            for rope, frequencies_F in self.frequencies.items()
+        }
+        return _Step(layout, reads, angles)
+
+    def _layer(
+        self, x_TD: Tensor, layer: LayerSpec, weights: LayerWeights, cache: Tensor, step: _Step, lora: _LayerLora
+    ) -> Tensor:
+        attended_TD = self._attention(self._norm(x_TD, weights.input_norm), layer, weights, cache, step, lora)
+        if weights.post_attention_norm is not None:
+            attended_TD = self._norm(attended_TD, weights.post_attention_norm)
+        x_TD = x_TD + attended_TD
+        gate_up_T2I = self._linear("gate_up", self._norm(x_TD, weights.pre_mlp_norm), weights.gate_up, lora)
+        down_TD = self._linear("down", self.gated(gate_up_T2I), weights.down, lora)
+        if weights.post_mlp_norm is not None:
+            down_TD = self._norm(down_TD, weights.post_mlp_norm)
+        return x_TD + down_TD
+
+    def _attention(
+        self, x_TD: Tensor, layer: LayerSpec, weights: LayerWeights, cache: Tensor, step: _Step, lora: _LayerLora
+    ) -> Tensor:
+        spec = self.spec
+        num_rotated = spec.num_heads + spec.num_kv_heads
+        heads_THC = self._linear("qkv", x_TD, weights.qkv, lora).view(len(x_TD), -1, spec.head_dim)
+        qk_THC, v_TKC = heads_THC.split((num_rotated, spec.num_kv_heads), 1)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            q_THC, k_TKC = qk_THC.split((spec.num_heads, spec.num_kv_heads), 1)
+            qk_THC = torch.cat((self._norm(q_THC, weights.q_norm), self._norm(k_TKC, weights.k_norm)), 1)
+        if layer.rope is not None:
+            qk_THC = self.kernels.rope(qk_THC, *step.angles[layer.rope])
+        q_THC, k_TKC = qk_THC.split((spec.num_heads, spec.num_kv_heads), 1)
+        attended_THC = self.kernels.attention(
+            q_THC, k_TKC, v_TKC, cache, step.layout,
+            scale=spec.query_scale, window=layer.window, softcap=spec.attn_softcap, reads=step.reads[layer.window],
+        )  # fmt: skip
+        return self._linear("o", attended_THC.flatten(1), weights.o, lora)
+
+    def _linear(self, name: str, x_TI: Tensor, weight: LinearWeight, lora: _LayerLora) -> Tensor:
+        y_TO = self.kernels.linear(x_TI, weight)
+        if lora is not None:
+            mask_TR, factors = lora
+            for module, (a_RI, b_RO) in factors.items():
+                target = self.targets[module]
+                if target.linear == name:
+                    part = y_TO[:, target.offset : target.offset + target.out_features]
+                    self.kernels.lora(part, x_TI, a_RI, b_RO, mask_TR)
+        return y_TO
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, weight, self.spec.norm_eps, self.spec.norm_plus_one)
+
+
+_LayerLora = tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]] | None
+
+
+def _of_layer(lora: LoraBatch | None, index: int) -> _LayerLora:
+    return None if lora is None or not lora.layers[index] else (lora.mask_TR, lora.layers[index])
+
+
+def rope_frequencies(rope: RopeSpec) -> Tensor:
+    """Radians per position of every rotated pair of features: float32 [F], F = dim / 2, in float32 throughout."""
+    base_F = rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.factors, dtype=torch.float32) * base_F)
+    plain_F = 1.0 / base_F
+    if rope.kind == "linear":
+        return plain_F / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(plain_F, rope)
+    if rope.kind == "yarn":
+        return _yarn(base_F, rope)
+    return plain_F
+
+
+def _llama3(plain_F: Tensor, rope: RopeSpec) -> Tensor:
+    """Fast frequencies stay, slow ones are divided by the factor, those between are blended."""
+    turns_F = rope.original_max_position * plain_F / (2 * math.pi)
+    share_F = ((turns_F - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return (1 - share_F) * plain_F / rope.factor + share_F * plain_F
+
+
+def _yarn(base_F: Tensor, rope: RopeSpec) -> Tensor:
+    """Like llama3, but blended linearly in the feature's index between beta_fast and beta_slow turns."""
+
+    def index_of(turns: float) -> float:
+        return rope.dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = index_of(rope.beta_fast), index_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    ramp_F = ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return ramp_F / (rope.factor * base_F) + (1 - ramp_F) / base_F

@@ -1,0 +1,246 @@
+"""safetensors on disk -> the decoder's parameters: fused, converted and packed one tensor at a time, so that loading
+needs hardly more memory than the model.
+
+Here: finding the files, checking names and shapes, building `Weights`. Not here: what the numbers do (`decoder.py`),
+LoRA files (`adapter.py`).
+
+Shape letters: V vocabulary, D hidden size, O output features, I input features, H head_dim.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tandem.errors import ModelError
+from tandem.model.spec import ModelSpec
+from tandem.ops import Kernels
+from tandem.ops.linear import LinearWeight
+
+LOADABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt"]
+TIED_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer. qkv is q, k and v stacked; gate_up is gate and up stacked. What a family lacks is None.
+
+    input_norm and pre_mlp_norm come before attention and MLP, the post norms (sandwich norms) after them.
+    """
+
+    input_norm: Tensor
+    qkv: LinearWeight
+    o: LinearWeight
+    pre_mlp_norm: Tensor
+    gate_up: LinearWeight
+    down: LinearWeight
+    post_attention_norm: Tensor | None = None
+    post_mlp_norm: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All parameters, on one device, in one dtype. `nbytes` counts a shared (tied) tensor once."""
+
+    embedding_VD: Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm_D: Tensor
+    lm_head: LinearWeight
+    nbytes: int
+
+
+def resolve_model(name_or_path: str, revision: str | None = None) -> Path:
+    """The directory of a model: a path, or a hub id, of which only weights, configs and tokenizer are fetched."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists()
+    if looks_like_path:
+        raise ModelError(f"{name_or_path} is not a directory; give a Hugging Face model directory or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise ModelError(f"{name_or_path!r} is neither a directory nor a hub id: {error}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name_or_path!r} is no directory here, and the hub did not give it ({reason}); "
+            "check the name and the connection, or give the path of a downloaded model"
+        ) from None
+
+
+def load_weights(
+    path: Path,
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kernels: Kernels,
+    progress: Callable[[int, int], None] | None = None,
+) -> Weights:
+    """Read the checkpoint in `path` as `dtype` onto `device`; `progress(done, total)` is called after every layer.
+
+    Raises ModelError naming file or tensor: unreadable file, missing or unexpected tensor, wrong shape, a number
+    format other than float32, bfloat16 and float16.
+    """
+    with ExitStack() as stack:
+        reader = _Reader(Path(path), spec, dtype, torch.device(device), kernels, stack)
+        reader.check()
+        total = len(spec.layers) + 1
+        layers = []
+        for index in range(len(spec.layers)):
+            layers.append(reader.layer(index))
+            if progress:
+                progress(index + 1, total)
+        embedding_VD = reader.tensor("model.embed_tokens.weight")
+        # A packed head would be a second copy of a tied embedding, whose rows are looked up in the plain one.
+        head = kernels.keep_plain(embedding_VD) if spec.tie_embeddings else kernels.pack(reader.tensor(TIED_HEAD))
+        weights = Weights(embedding_VD, tuple(layers), reader.tensor("model.norm.weight"), head, reader.nbytes)
+        if progress:
+            progress(total, total)
+    return weights
+
+
+def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this model holds."""
+    hidden, q, kv, inner = spec.hidden_size, spec.q_size, spec.kv_size, spec.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
+    linears = {"self_attn.o_proj": (hidden, q, spec.o_bias), "mlp.down_proj": (hidden, inner, spec.mlp_bias)}
+    if spec.fused_checkpoint:
+        linears |= {
+            "self_attn.qkv_proj": (q + 2 * kv, hidden, spec.qkv_bias),
+            "mlp.gate_up_proj": (2 * inner, hidden, spec.mlp_bias),
+        }
+    else:
+        linears |= {f"self_attn.{n}_proj": (size, hidden, spec.qkv_bias) for n, size in zip("qkv", (q, kv, kv))}
+        linears |= {f"mlp.{n}_proj": (inner, hidden, spec.mlp_bias) for n in ("gate", "up")}
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if spec.sandwich_norms:
+        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
+    if spec.qk_norm:
+        norms |= {"self_attn.q_norm": spec.head_dim, "self_attn.k_norm": spec.head_dim}
+    for index in range(len(spec.layers)):
+        prefix = f"model.layers.{index}."
+        for name, (out_features, in_features, has_bias) in linears.items():
+            shapes[f"{prefix}{name}.weight"] = (out_features, in_features)
+            if has_bias:
+                shapes[f"{prefix}{name}.bias"] = (out_features,)
+        shapes |= {f"{prefix}{name}.weight": (size,) for name, size in norms.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not spec.tie_embeddings:
+        shapes[TIED_HEAD] = (spec.vocab_size, hidden)
+    return shapes
+
+
+class _Reader:
+    """The open files of one checkpoint. Counts the bytes of what it hands out."""
+
+    def __init__(
+        self, path: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, kernels: Kernels, stack: ExitStack
+    ) -> None:
+        self.path = path
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        self.kernels = kernels
+        self.nbytes = 0
+        self.files: dict[str, Any] = {}
+        for file in _weight_files(path):
+            try:
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file} is not a readable safetensors file: {error}") from None
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                self.files[name] = opened
+
+    def check(self) -> None:
+        """Names, shapes and formats of all tensors, from the headers alone."""
+        shapes = expected_shapes(self.spec)
+        for name, expected in shapes.items():
+            if name not in self.files:
+                raise ModelError(f"{self.path}: tensor {name} {list(expected)} is missing")
+            found = self.files[name].get_slice(name)
+            if tuple(found.get_shape()) != expected:
+                raise ModelError(f"{self.path}: tensor {name} has shape {found.get_shape()}, expected {list(expected)}")
+            if found.get_dtype() not in LOADABLE:
+                raise ModelError(
+                    f"{self.path}: tensor {name} is {found.get_dtype()}; supported are {', '.join(LOADABLE)}"
+                )
+        for name in self.files:
+            tied = name == TIED_HEAD and self.spec.tie_embeddings
+            if name not in shapes and not tied and not name.endswith("rotary_emb.inv_freq"):
+                raise ModelError(f"{self.path}: tensor {name} is unexpected in a {self.spec.architecture}")
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self._raw(name)
+        self.nbytes += tensor.nbytes
+        return tensor
+
+    def linear(self, *names: str) -> LinearWeight:
+        """Stack the named layers' weights (and biases) along the output features."""
+        weight = self._stacked([f"{name}.weight" for name in names])
+        biases = [f"{name}.bias" for name in names if f"{name}.bias" in self.files]
+        bias = self._stacked(biases) if biases else None
+        packed = self.kernels.pack(weight, bias)
+        self.nbytes += packed.nbytes
+        return packed
+
+    def layer(self, index: int) -> LayerWeights:
+        spec, prefix = self.spec, f"model.layers.{index}."
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        fused = spec.fused_checkpoint
+        before_mlp = "pre_feedforward_layernorm" if spec.sandwich_norms else "post_attention_layernorm"
+        optional: dict[str, Tensor] = {}
+        if spec.sandwich_norms:
+            optional["post_attention_norm"] = self.tensor(f"{prefix}post_attention_layernorm.weight")
+            optional["post_mlp_norm"] = self.tensor(f"{prefix}post_feedforward_layernorm.weight")
+        if spec.qk_norm:
+            optional["q_norm"] = self.tensor(f"{attention}q_norm.weight")
+            optional["k_norm"] = self.tensor(f"{attention}k_norm.weight")
+        return LayerWeights(
+            input_norm=self.tensor(f"{prefix}input_layernorm.weight"),
+            qkv=self.linear(*[attention + name for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]),
+            o=self.linear(f"{attention}o_proj"),
+            pre_mlp_norm=self.tensor(f"{prefix}{before_mlp}.weight"),
+            gate_up=self.linear(*[mlp + name for name in (["gate_up_proj"] if fused else ["gate_proj", "up_proj"])]),
+            down=self.linear(f"{mlp}down_proj"),
+            **optional,
+        )
+
+    def _raw(self, name: str) -> Tensor:
+        # A copy even where nothing changes: a mapped file that is rewritten under us would take the process down.
+        return self.files[name].get_tensor(name).to(self.device, self.dtype, copy=True)
+
+    def _stacked(self, names: list[str]) -> Tensor:
+        return self._raw(names[0]) if len(names) == 1 else torch.cat([self._raw(name) for name in names])
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if not index.is_file():
+        if single.is_file():
+            return [single]
+        raise ModelError(f"{path} has neither model.safetensors nor {index.name}; other weight formats are not supported")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} cannot be read: {error}") from None
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise ModelError(f"{index} names {name}, which is not in {path}: download it again")
+    return [path / name for name in names]

@@ -1,0 +1,65 @@
+"""The small operations between the matrix products: norms, rotary positions, gated activations, soft caps.
+
+Here: their meaning, written with torch's own operations. Not here: which model uses which (`model/spec.py`).
+
+Shape letters: T rows, H heads, D features (of a head, or of the hidden state), R rotated features, I intermediate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, times weight (`plus_one`: times 1 + weight, in float32)."""
+    if plus_one:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        return (normed * (1.0 + weight_D.float())).to(x.dtype)
+    return functional.rms_norm(x, weight_D.shape, weight_D, eps)
+
+
+def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotate the first R features of every head; feature i turns with feature i + R/2. The others pass through.
+
+    cos and sin hold each angle twice, once per half, in x's dtype; the sign of the rotation is in `sin_TR`: its first
+    half is -sin (see `rope_angles`).
+    """
+    num_rotated = cos_TR.shape[-1]
+    cos_T1R, sin_T1R = cos_TR[:, None], sin_TR[:, None]
+    if num_rotated == x_THD.shape[-1]:
+        return _rotate(x_THD, cos_T1R, sin_T1R)
+    rotated = _rotate(x_THD[..., :num_rotated], cos_T1R, sin_T1R)
+    return torch.cat((rotated, x_THD[..., num_rotated:]), -1)
+
+
+def rope_angles(positions_T: Tensor, frequencies_F: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin as `rope` wants them: [T, 2F] each, computed in float32, times `scale`."""
+    angles_TF = positions_T[:, None].float() * frequencies_F
+    cos_TF, sin_TF = angles_TF.cos() * scale, angles_TF.sin() * scale
+    return torch.cat((cos_TF, cos_TF), -1).to(dtype), torch.cat((-sin_TF, sin_TF), -1).to(dtype)
+
+
+def silu_mul(gate_up_T2I: Tensor) -> Tensor:
+    """silu(gate) * up, gate being the first half of the features: [T, I]."""
+    gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
+    return functional.silu(gate_TI) * up_TI
+
+
+def gelu_tanh_mul(gate_up_T2I: Tensor) -> Tensor:
+    """gelu(gate) * up with the tanh approximation, gate being the first half of the features: [T, I]."""
+    gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
+    return functional.gelu(gate_TI, approximate="tanh") * up_TI
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap)."""
+    return cap * torch.tanh(x / cap)
+
+
+def _rotate(x_THR: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
+    half = x_THR.shape[-1] // 2
+    swapped = torch.cat((x_THR[..., half:], x_THR[..., :half]), -1)
+    return torch.addcmul(x_THR * cos_T1R, swapped, sin_T1R)

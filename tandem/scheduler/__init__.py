@@ -1,0 +1,1 @@
+"""Which tokens next. Integers only: no torch, no clock, no I/O."""

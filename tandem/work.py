@@ -1,0 +1,186 @@
+"""The plain data that travels between the parts: what is asked, what one step does, what came out.
+
+Structs of integers, floats, strings and lists; msgspec encodes them across the process border. No torch, no logic
+beyond properties. Everything here may be logged, replayed and compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+# ---------------------------------------------------------------- what a user asks
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the tokens of one request are chosen. Validated in `tandem/api/schemas.py`; ranges as in OpenAI's API.
+
+    temperature 0 is greedy. top_k 0 is off. seed None lets the engine draw one. logprobs is the number of
+    alternatives to report beside the chosen token (0: the chosen token only, None: nothing); prompt_logprobs likewise
+    for the prompt's own tokens. Stop strings are text, so they live in the API process, not here.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A prompt as token ids, and what to do with it. `adapter` is a name (None: the base model)."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams = SamplingParams()
+    adapter: str | None = None
+    priority: int = 0
+
+
+# ---------------------------------------------------------------- what one step does
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sequence's slice of the flat batch: `length` tokens from position `start`.
+
+    `samples`: the logits of the last token are wanted (the slice reaches the end of what is known).
+    There is no phase: a decode is a segment of one token, a prefill chunk one of many, a training window will be one
+    that is learnt from.
+    """
+
+    row: int
+    start: int
+    length: int
+    samples: bool
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything one step does, in integers: replaying a list of plans replays the engine.
+
+    `preempt`: rows that lose their blocks and return to the queue. `admit`: rows that leave the queue.
+    A plan never has both. `predicted_s` is the cost model's estimate in seconds.
+    """
+
+    segments: tuple[Segment, ...] = ()
+    admit: tuple[int, ...] = ()
+    preempt: tuple[int, ...] = ()
+    predicted_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.length for s in self.segments)
+
+
+class TopLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The best alternatives at one position, best first; `rank` is the place of the chosen token (1 is the best)."""
+
+    logprob: float
+    rank: int
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the device says: for each sampling row its next token, and log-probabilities where they were asked for.
+
+    `prompt_logprobs[row]` holds one entry per prompt token of this step's segment that has a successor in the prompt.
+    """
+
+    tokens: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TopLogprobs]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+# ---------------------------------------------------------------- what a user gets
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, array_like=True):
+    """News of one choice of one request. The last event of a choice has `finish_reason` stop, length or cancelled.
+
+    `token_id` is None where the event carries no token (cancelled; prompt log-probabilities of max_tokens=0).
+    `stop_token` says that token_id ended the text and is not part of it.
+    `cached_tokens` and `prompt_logprobs` come with a choice's first event.
+    """
+
+    request_id: str
+    index: int = 0
+    token_id: int | None = None
+    logprob: TopLogprobs | None = None
+    finish_reason: str | None = None
+    stop_token: bool = False
+    cached_tokens: int = 0
+    prompt_logprobs: list[TopLogprobs] | None = None
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """The engine's counters and gauges after a step. Counters only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_tokens: int = 0
+    step_s: float = 0.0
+    predicted_wait_s: float = 0.0
+    running_adapters: list[str] = []
+    waiting_adapters: list[str] = []
+
+
+class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine says of itself once it is ready; start-up lines, /v1/models, /metrics and doctor read it."""
+
+    model: str
+    architecture: str
+    num_parameters: int
+    weight_bytes: int
+    load_s: float
+    device: str
+    isa: str
+    num_threads: int
+    dtype: str
+    block_size: int
+    num_blocks: int
+    kv_bytes: int
+    max_model_len: int
+    vocab_size: int
+    batch_invariant: bool = False
+    max_num_seqs: int = 0
+    eos_token_ids: list[int] = []
+    kernels: str = ""
+    adapter_names: list[str] = []
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """A published adapter version. `version` is never reused; 0 is the base model."""
+
+    name: str
+    version: int
+    rank: int
+    path: str
+    base_model: str = ""
