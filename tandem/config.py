@@ -16,9 +16,13 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tandem.errors import ConfigError
+
+# Where the model called "demo" lives.
+DEMO_MODEL = Path(__file__).resolve().parent / "assets" / "demo"
 
 
 def option(default, help: str, **extra):  # noqa: ANN001, ANN201
@@ -103,6 +107,7 @@ class ServerConfig:
     api_key: str | None = option(None, "clients must send this key (default: any key is accepted)")
     served_model_name: list[str] = option([], "names of the base model in the API (default: the model as given)")
     chat_template: str | None = option(None, "file with a Jinja chat template, or the template itself")
+    trust_request_chat_template: bool = option(False, "let requests bring a chat_template of their own")
     root_path: str = option("", "path prefix when behind a proxy")
     allowed_origins: list[str] = option([], "origins allowed by CORS")
     max_body_bytes: int = option(32 * 2**20, "largest request body accepted, in bytes", low=1)

@@ -1,7 +1,7 @@
 """What the server counts, and its Prometheus text under `tandem:*` names and vLLM's.
 
-Histograms here cost a bisect and two additions, because some are fed once per token. Knows figures, not requests, routes
-or processes: the HTTP side observes, the engine's own counters come in as `EngineStats`.
+Histograms here cost a bisect and two additions, because some are fed once per token. Knows figures, not requests,
+routes or processes: the HTTP side observes, the engine's own counters come in as `EngineStats`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # vLLM's bucket edges, so that its dashboards' quantiles mean the same here.
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
           160.0, 640.0, 2560.0)  # fmt: skip
-PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+               80.0)  # fmt: skip
 REQUEST_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
              960.0, 1920.0, 7680.0)  # fmt: skip
 TOKENS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5)
@@ -94,7 +95,7 @@ class Exposition:
         self._max_loras = max_loras
         self._vllm_names = vllm_names
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
@@ -109,12 +110,12 @@ class Exposition:
 
     def _gauge(self, name: str, about: str, value: float, **labels: str) -> Metric:
         labels = self._labels | labels
-        metric = GaugeMetricFamily(name, about, labels=labels.keys())
+        metric = GaugeMetricFamily(name, about, labels=list(labels))
         metric.add_metric(list(labels.values()), value)
         return metric
 
     def _counter(self, name: str, about: str, value: float) -> Metric:
-        metric = CounterMetricFamily(name, about, labels=self._labels.keys())
+        metric = CounterMetricFamily(name, about, labels=list(self._labels))
         metric.add_metric(list(self._labels.values()), value)
         return metric
 
@@ -174,7 +175,7 @@ class Exposition:
         yield self._distribution(f"{prefix}iteration_tokens_total", [("+Inf", stats.steps)], stats.step_tokens)
 
     def _distribution(self, name: str, buckets: list[tuple[str, float]], total: float) -> Metric:
-        metric = HistogramMetricFamily(name, name.partition(":")[2].replace("_", " "), labels=self._labels.keys())
+        metric = HistogramMetricFamily(name, name.partition(":")[2].replace("_", " "), labels=list(self._labels))
         metric.add_metric(list(self._labels.values()), buckets, total)
         return metric
 

@@ -32,6 +32,7 @@ class Tokenizer:
         self._reserved = frozenset(inspect.signature(hf.apply_chat_template).parameters)
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.longest_token = max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str | None] = {}
         self.style, self.strips_first_space = _decoder_style(json.loads(self._backend.to_str())["decoder"])
@@ -48,10 +49,10 @@ class Tokenizer:
         if where.is_dir() and not any((where / name).exists() for name in _TOKENIZER_FILES):
             raise ModelError(f"{path} has no tokenizer (no tokenizer.json): copy it there or give --tokenizer DIR")
         # A tokenizer.json needs none of the per-model classes, whose lookup would pull torch into this process.
-        if where.is_dir() and (where / "tokenizer.json").exists():
-            from transformers import PreTrainedTokenizerFast as loader
-        else:
-            from transformers import AutoTokenizer as loader
+        import transformers
+
+        is_plain = (where / "tokenizer.json").exists()
+        loader: Any = transformers.PreTrainedTokenizerFast if is_plain else transformers.AutoTokenizer
         try:
             hf = loader.from_pretrained(path)
         except Exception as e:  # transformers raises whatever its files made it stumble over
@@ -81,8 +82,12 @@ class Tokenizer:
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
         chat_template: str | None = None,
+        add_special_tokens: bool = False,
     ) -> list[int]:
-        """The conversation as token ids. Raises InvalidRequest where the template is missing or refuses it."""
+        """The conversation as token ids. Raises InvalidRequest where the template is missing or refuses it.
+
+        Templates write the special tokens themselves; `add_special_tokens` is for those that do not.
+        """
         template = chat_template or self.chat_template
         if template is None:
             raise InvalidRequest(
@@ -108,7 +113,7 @@ class Tokenizer:
             )
         except Exception as e:  # templates are programs: they fail in any way a program can
             raise InvalidRequest(f"the chat template refuses these messages: {e}", "messages") from e
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes this token adds to a text (special tokens: their name)."""

@@ -119,7 +119,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
     `token_id` is None where the event carries no token (cancelled; prompt log-probabilities of max_tokens=0).
     `stop_token` says that token_id ended the text and is not part of it.
-    `cached_tokens` and `prompt_logprobs` come with a choice's first event.
+    `cached_tokens`, `prompt_logprobs` and `queue_s` (seconds from arrival to admission) come with a choice's first event.
     """
 
     request_id: str
@@ -130,6 +130,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     stop_token: bool = False
     cached_tokens: int = 0
     prompt_logprobs: list[TopLogprobs] | None = None
+    queue_s: float | None = None
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

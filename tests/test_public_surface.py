@@ -14,7 +14,17 @@ ENGINE_FLAGS = """
 FLAGS = {
     "serve": f"""
         --model --demo --config {ENGINE_FLAGS} --host --port --api-key --served-model-name --chat-template --root-path
-        --allowed-origins --max-body-bytes --vllm-metrics --uvicorn-log-level --disable-log-stats""",
+        --allowed-origins --max-body-bytes --vllm-metrics --uvicorn-log-level --disable-log-stats
+        --trust-request-chat-template""",
+    "chat": "--quick --url --api-key --model-name --system-prompt --max-tokens --temperature",
+    "complete": "--quick --url --api-key --model-name --max-tokens --temperature",
+    "bench throughput": f"--model --demo --config --workloads --repeat --json --roofline {ENGINE_FLAGS}",
+    "bench serve": """
+        --base-url --endpoint --model --api-key --dataset-name --dataset-path --num-prompts --request-rate
+        --max-concurrency --random-input-len --random-output-len --random-range-ratio --vocab-size --trace-scale
+        --trace-speed --ignore-eos --temperature --seed --long-prompt-at --long-prompt-len --goodput
+        --percentile-metrics --save-result --result-filename --plot""",
+    "doctor": "--skip-model --host --port",
     "version": "",
 }
 

@@ -16,7 +16,8 @@ from tandem.errors import TandemError
 if TYPE_CHECKING:
     import httpx
 
-DEFAULT_URL = "http://127.0.0.1:8000/v1"
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+DEFAULT_URL = DEFAULT_SERVER + "/v1"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def model_name(http: httpx.Client, address: ServerAddress) -> str:
 
 def unreachable(url: str, error: Exception) -> TandemError:
     """The error for a server that does not answer, with what to do."""
-    advice = "start one in another terminal with: tandem serve" if url == DEFAULT_URL else "check --url"
+    ours = url.startswith(DEFAULT_SERVER)
+    advice = "start one in another terminal with: tandem serve" if ours else "check the address"
     return TandemError(f"no server answers at {url} ({error}): {advice}")
 
 
@@ -74,10 +76,9 @@ def stream_text(http: httpx.Client, route: str, body: dict[str, Any]) -> Iterato
             if response.status_code != 200:
                 raise TandemError(failure(response.status_code, response.read()))
             for line in response.iter_lines():
-                event = line.removeprefix("data: ")
-                if event is line or event == "[DONE]":
+                if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
-                chunk = json.loads(event)
+                chunk = json.loads(line.removeprefix("data: "))
                 if "error" in chunk:
                     raise TandemError(f"the server broke off: {chunk['error'].get('message')}")
                 for choice in chunk["choices"]:

@@ -132,3 +132,8 @@ def resolve(namespace: argparse.Namespace, *classes: type) -> list[Any]:
 def note(line: str) -> None:
     """One line for the person at the terminal, beside whatever goes to standard output."""
     print(line, file=sys.stderr, flush=True)
+
+
+def names(*classes: type) -> list[str]:
+    """The option names of config classes, for `skip`."""
+    return list(config.options_of(*classes))

@@ -1,9 +1,11 @@
-"""The lines `tandem serve` prints: once when it is ready, and every few seconds while there is traffic. Text only."""
+"""What `tandem serve` prints: a bar while weights load, lines when ready, one every few seconds of traffic."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tandem.config import ServerConfig
@@ -49,6 +51,18 @@ def ready_lines(report: EngineReport, config: ServerConfig, port: int, seconds: 
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} -d '{message}'",
     ]
     return [line for line in lines if line.split(maxsplit=1)[1:]]
+
+
+@contextlib.contextmanager
+def loading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar for `advance(done, total)` on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("weights", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 async def print_stats(engine: Any, period_s: float) -> None:

@@ -54,7 +54,7 @@ _REFUSED = {
         config-format hf-overrides hf-config-path model-impl rope-scaling rope-theta generation-config
         override-generation-config logprobs-mode max-logprobs tokenizer-mode tokenizer-revision code-revision
         skip-tokenizer-init disable-sliding-window disable-cascade-attn chat-template-content-format response-role
-        default-chat-template-kwargs trust-request-chat-template""",
+        default-chat-template-kwargs""",
     "it does not speak TLS; put a proxy such as nginx or caddy before it": """
         ssl-keyfile ssl-certfile ssl-ca-certs ssl-cert-reqs ssl-ciphers enable-ssl-refresh uds""",
     "keys and values are not handed from one server to another so far": """

@@ -94,7 +94,7 @@ def _trace_row(row: dict[str, Any]) -> tuple[float, int, int]:
 
 
 def read_sharegpt(path: str, num: int, rng: random.Random) -> list[tuple[str, str]]:
-    """`num` pairs of first question and first answer from a ShareGPT JSON file, in random order, repeated if need be."""
+    """`num` pairs of first question and first answer from a ShareGPT JSON file, shuffled, repeated if need be."""
     try:
         with open(path, encoding="utf-8") as stream:
             talks = [entry["conversations"] for entry in json.load(stream)]

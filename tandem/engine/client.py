@@ -6,6 +6,7 @@ Owns the engine process: `start` spawns it, `close` ends it, and its death reach
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import shutil
@@ -64,48 +65,55 @@ class Stream:
 class EngineClient:
     """One engine process. Attributes: `report`, `stats` (newest), `adapters` by name, `dead` (reason, once it died)."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, config: EngineConfig, folder: Path, inbox: zmq.asyncio.Socket, outbox: zmq.asyncio.Socket,
+        process: asyncio.subprocess.Process,
+    ) -> None:  # fmt: skip
+        """Use `start`."""
         self.report: EngineReport
         self.stats = EngineStats()
         self.adapters: dict[str, Adapter] = {}
         self.dead: str | None = None
+        self.process = process
+        self._config = config
+        self._folder = folder
+        self._inbox = inbox
+        self._outbox = outbox
         self._streams: dict[str, Stream] = {}
         self._calls: dict[int, asyncio.Future[None]] = {}
         self._call_ids = itertools.count(1)
         self._died = asyncio.Event()
         self._closing = False
         self._unseen = 0
+        self._reader: asyncio.Task[None] | None = None
+        self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
     async def start(
         cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None
     ) -> EngineClient:
-        """Spawn the engine and wait until it can serve. Raises what it failed with (ModelError, ConfigError, ...)."""
-        client = cls()
-        client._config = config
-        client._folder = Path(tempfile.mkdtemp(prefix="tandem-"))
-        client._context = zmq.asyncio.Context()
-        client._outbox = client._socket(zmq.PUSH, "to-engine")
-        client._inbox = client._socket(zmq.PULL, "from-engine")
-        addresses = [f"ipc://{client._folder}/{name}" for name in ("to-engine", "from-engine")]
-        client._process = await asyncio.create_subprocess_exec(
+        """Spawn the engine and wait until it can serve; `on_progress(done, total)` while weights load.
+
+        Raises what the engine failed with (ModelError, ConfigError, ...), or EngineDead.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="tandem-"))
+        context = zmq.asyncio.Context()
+        addresses = [f"ipc://{folder}/{name}" for name in ("to-engine", "from-engine")]
+        outbox, inbox = _bound(context, zmq.PUSH, addresses[0]), _bound(context, zmq.PULL, addresses[1])
+        process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tandem.engine.process", *addresses, env=_environment(config)
         )
-        client._watcher = asyncio.create_task(client._watch())
-        client._send(messages.Start(config))
+        client = cls(config, folder, inbox, outbox, process)
+        # Waits for the process to connect, unless that dies first.
+        started = asyncio.ensure_future(outbox.send(messages.encode(messages.Start(config))))
         try:
             await client._until_ready(on_progress)
         except BaseException:
+            started.cancel()
             await client.close()
             raise
         client._reader = asyncio.create_task(client._read())
         return client
-
-    def _socket(self, kind: int, name: str) -> zmq.asyncio.Socket:
-        socket = self._context.socket(kind)
-        socket.set_hwm(0)
-        socket.bind(f"ipc://{self._folder}/{name}")
-        return socket
 
     async def _until_ready(self, on_progress: Callable[[int, int], None] | None) -> None:
         while True:
@@ -145,15 +153,16 @@ class EngineClient:
             raise Overloaded(f"a new request would wait about {wait_s:.0f} s: try again later", retry_after=wait_s)
         if request.request_id in self._streams:
             raise TandemError(f"request id {request.request_id} is in use")
+        self._send(messages.Submit(request))
         stream = self._streams[request.request_id] = Stream(self, request)
         self._unseen += request.sampling.n
-        self._send(messages.Submit(request))
         return stream
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """Drop a request or one choice; unknown ids do nothing."""
         if self.dead is None:
-            self._send(messages.Cancel(request_id, index))
+            with contextlib.suppress(EngineDead):  # gone with everything it ran
+                self._send(messages.Cancel(request_id, index))
 
     def forget(self, request_id: str) -> None:
         """Take no more news of a request."""
@@ -178,24 +187,28 @@ class EngineClient:
         if self._closing:
             return
         self._closing = True
-        if self._process.returncode is None:
-            self._send(messages.Shutdown())
+        if self.process.returncode is None:
             try:
-                await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+                self._send(messages.Shutdown())
+                await asyncio.wait_for(self.process.wait(), STOP_GRACE_S)
+            except (EngineDead, TimeoutError):
+                self.process.kill()
+                await self.process.wait()
         await self._watcher
-        if hasattr(self, "_reader"):
+        if self._reader is not None:
             self._reader.cancel()
-        self._context.destroy(linger=0)
+        self._inbox.close(linger=0)
+        self._outbox.close(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ------------------------------------------------------------ the border
 
     def _send(self, message: messages.ToEngine) -> None:
-        # No high-water mark: the bounded queue is kept above, so this never blocks.
-        zmq.Socket.send(self._outbox, messages.encode(message), zmq.NOBLOCK)
+        # No high-water mark: the bounded queue is kept above, so only a process that is gone cannot take more.
+        try:
+            zmq.Socket.send(self._outbox, messages.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            raise EngineDead(self.dead or "the engine process is gone") from None
 
     async def _call(self, build: Callable[[int], messages.ToEngine]) -> None:
         if self.dead is not None:
@@ -240,7 +253,7 @@ class EngineClient:
                 stream.put(news)
 
     async def _watch(self) -> None:
-        code = await self._process.wait()
+        code = await self.process.wait()
         self._die("the engine was closed" if self._closing else f"the engine process ended with code {code}")
 
     def _die(self, reason: str) -> None:
@@ -252,6 +265,13 @@ class EngineClient:
             if not future.done():
                 future.set_exception(EngineDead(self.dead))
         self._died.set()
+
+
+def _bound(context: zmq.asyncio.Context, kind: int, address: str) -> zmq.asyncio.Socket:
+    socket = context.socket(kind)
+    socket.set_hwm(0)
+    socket.bind(address)
+    return socket
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:

@@ -118,8 +118,8 @@ def _draw_filtered(scaled_MV: Tensor, draws: Sequence[Draw], u_M: Tensor) -> lis
     total_M = scaled_MV.logsumexp(-1)
     num = min(FIRST_LOOK, vocab)
     best_MK, ids_MK = scaled_MV.topk(num, -1)
-    if num < vocab and bool(_needs_more(best_MK, total_M, top_k, top_p, min_p).any()):
-        best_MK, ids_MK = scaled_MV.sort(-1, descending=True, stable=True)
+    if num < vocab and bool(_needs_more(best_MK, total_M, top_k, top_p, min_p, vocab).any()):
+        best_MK, ids_MK = torch.sort(scaled_MV, dim=-1, descending=True, stable=True)
     in_k_MK = torch.arange(best_MK.shape[1], device=device)[None] < top_k[:, None]
     # top-p and min-p act on what top-k left over, renormalised, as in transformers.
     probs_MK = torch.where(in_k_MK, (best_MK - total_M[:, None]).exp(), 0.0)
@@ -133,13 +133,16 @@ def _draw_filtered(scaled_MV: Tensor, draws: Sequence[Draw], u_M: Tensor) -> lis
     return [int(ids_MK[i, place]) for i, place in enumerate(places)]
 
 
-def _needs_more(best_MK: Tensor, total_M: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def _needs_more(
+    best_MK: Tensor, total_M: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, vocab_size: int
+) -> Tensor:
     """Whether a row's kept set may reach beyond the K candidates at hand."""
     num = best_MK.shape[1]
     probs_MK = (best_MK - total_M[:, None]).exp()
-    covered = (top_k <= num) | (probs_MK.sum(-1) >= top_p) & (top_p < 1)
-    covered |= (min_p > 0) & (probs_MK[:, -1] < min_p * probs_MK[:, 0])
-    return ~covered
+    holds_p = (top_p < 1) & (probs_MK.sum(-1) >= top_p)
+    holds_min_p = (min_p > 0) & (probs_MK[:, -1] < min_p * probs_MK[:, 0])
+    # A top-k beyond the candidates also needs the mass of those not seen.
+    return ~((top_k <= num) | (top_k == vocab_size) & (holds_p | holds_min_p))
 
 
 def _invert(probs_MK: Tensor, u_M: Tensor) -> list[int]:

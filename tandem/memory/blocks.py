@@ -127,7 +127,7 @@ class BlockPool:
         copied: the copies returned must be made before the step) or from the prefix index. Rows are not changed:
         `num_computed` of an admitted row is its segment's start, which `State.commit` knows from the plan.
         """
-        assert not (plan.admit and plan.preempt)
+        assert not (plan.admit and plan.preempt), "a plan that admits and preempts"
         for row_id in plan.preempt:
             self.release(row_id)
         copies: list[tuple[int, int]] = []

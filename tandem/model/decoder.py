@@ -4,12 +4,11 @@ Here: the order of operations. Not here: how an operation is done (`ops/`), wher
 who is in the batch (`engine/`).
 
 Shape letters: T rows of the flat batch, D hidden size, M rows whose logits are wanted, V vocabulary, R rank rows,
-O output features, I input features, H heads, K kv heads, F rotary frequencies.
+O output features, I input features, C features of a head, F rotary frequencies.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
-from tandem.model.spec import LayerSpec, ModelSpec, RopeSpec, targets
+from tandem.model.rope import RopeSpec, rope_frequencies
+from tandem.model.spec import LayerSpec, ModelSpec, targets
 from tandem.model.weights import LayerWeights, Weights
 from tandem.ops import Kernels
 from tandem.ops.attention import Layout, Reads
@@ -144,39 +144,3 @@ _LayerLora = tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]] | None
 
 def _of_layer(lora: LoraBatch | None, index: int) -> _LayerLora:
     return None if lora is None or not lora.layers[index] else (lora.mask_TR, lora.layers[index])
-
-
-def rope_frequencies(rope: RopeSpec) -> Tensor:
-    """Radians per position of every rotated pair of features: float32 [F], F = dim / 2, in float32 throughout."""
-    base_F = rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
-    if rope.kind == "longrope":
-        return 1.0 / (torch.tensor(rope.factors, dtype=torch.float32) * base_F)
-    plain_F = 1.0 / base_F
-    if rope.kind == "linear":
-        return plain_F / rope.factor
-    if rope.kind == "llama3":
-        return _llama3(plain_F, rope)
-    if rope.kind == "yarn":
-        return _yarn(base_F, rope)
-    return plain_F
-
-
-def _llama3(plain_F: Tensor, rope: RopeSpec) -> Tensor:
-    """Fast frequencies stay, slow ones are divided by the factor, those between are blended."""
-    turns_F = rope.original_max_position * plain_F / (2 * math.pi)
-    share_F = ((turns_F - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    return (1 - share_F) * plain_F / rope.factor + share_F * plain_F
-
-
-def _yarn(base_F: Tensor, rope: RopeSpec) -> Tensor:
-    """Like llama3, but blended linearly in the feature's index between beta_fast and beta_slow turns."""
-
-    def index_of(turns: float) -> float:
-        return rope.dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = index_of(rope.beta_fast), index_of(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.dim - 1)
-    ramp_F = ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return ramp_F / (rope.factor * base_F) + (1 - ramp_F) / base_F

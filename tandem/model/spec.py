@@ -7,42 +7,19 @@ weights' names and shapes on disk (`weights.py`), and what the numbers do (`deco
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tandem.errors import ModelError
+from tandem.model.rope import Config, RopeSpec, rope_from_config
 
-Config = Mapping[str, Any]
-ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class RopeSpec:
-    """One way of turning positions into angles. `dim` features of a head turn, the others pass through.
-
-    `scale` multiplies cos and sin. `factors` are longrope's divisors, already the short or the long ones.
-    """
-
-    kind: str
-    theta: float
-    dim: int
-    scale: float = 1.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +213,9 @@ def spec_from_config(
         )
     for name in ("quantization_config", "compression_config"):
         if config.get(name):
-            raise ModelError(f"config.json: {name} is set, but only float32, bfloat16 and float16 weights are supported")
+            raise ModelError(
+                f"config.json: {name} is set, but only float32, bfloat16 and float16 weights are supported"
+            )
     config = family.defaults | dict(config)
     for name in ("use_bidirectional_attention", "add_cross_attention", "is_encoder_decoder"):
         if config.get(name):
@@ -282,7 +261,10 @@ def targets(spec: ModelSpec) -> dict[str, Target]:
     """The modules that can carry a LoRA, by the names that PEFT uses."""
     q, kv, inner, hidden = spec.q_size, spec.kv_size, spec.intermediate_size, spec.hidden_size
     if spec.fused_checkpoint:
-        first = {"qkv_proj": Target("qkv", 0, q + 2 * kv, hidden), "gate_up_proj": Target("gate_up", 0, 2 * inner, hidden)}
+        first = {
+            "qkv_proj": Target("qkv", 0, q + 2 * kv, hidden),
+            "gate_up_proj": Target("gate_up", 0, 2 * inner, hidden),
+        }
     else:
         first = {
             "q_proj": Target("qkv", 0, q, hidden),
@@ -329,15 +311,14 @@ def _context(config: Config, max_model_len: int | None) -> int:
     return max_model_len
 
 
-def _check_windows(
-    windows: list[int | None], config: Config, num_layers: int, max_position: int
-) -> list[int | None]:
+def _check_windows(windows: list[int | None], config: Config, num_layers: int, max_position: int) -> list[int | None]:
     """A window as long as the context is none."""
     kinds = config.get("layer_types") or []
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ModelError(
-            f"config.json: layer_types has {', '.join(map(repr, unknown))}; supported are full_attention, sliding_attention"
+            f"config.json: layer_types has {', '.join(map(repr, unknown))}; "
+            "supported are full_attention, sliding_attention"
         )
     if len(windows) != num_layers:
         raise ModelError(f"config.json: layer_types names {len(windows)} layers, num_hidden_layers is {num_layers}")
@@ -355,15 +336,20 @@ def _ropes(
     if architecture.startswith("Gemma3"):
         kinds = _layer_kinds(config, num_layers)
         by_kind = parameters if nested else _gemma3_parameters(config, parameters)
-        made = {kind: _rope(config, by_kind.get(kind) or {}, architecture, head_dim, max_position) for kind in set(kinds)}
+        made = {
+            kind: rope_from_config(config, by_kind.get(kind) or {}, architecture, head_dim, max_position)
+            for kind in set(kinds)
+        }
         return [made[kind] for kind in kinds]
     if nested:
         raise ModelError(f"config.json: rope_parameters per layer type are not supported for {architecture}")
-    rope = _rope(config, config.get("rope_scaling") or parameters, architecture, head_dim, max_position)
+    rope = rope_from_config(config, config.get("rope_scaling") or parameters, architecture, head_dim, max_position)
     if architecture == "SmolLM3ForCausalLM":
         turns = _rope_layers(config, num_layers)
         if len(turns) < num_layers:
-            raise ModelError(f"config.json: no_rope_layers names {len(turns)} layers, num_hidden_layers is {num_layers}")
+            raise ModelError(
+                f"config.json: no_rope_layers names {len(turns)} layers, num_hidden_layers is {num_layers}"
+            )
         return [rope if turn else None for turn in turns[:num_layers]]
     return [rope] * num_layers
 
@@ -372,71 +358,6 @@ def _gemma3_parameters(config: Config, parameters: Config) -> dict[str, Any]:
     """The old spelling: rope_theta and rope_scaling for the full layers, rope_local_base_freq for the others."""
     full = {"rope_theta": config["rope_theta"]} | dict(parameters) | dict(config.get("rope_scaling") or {})
     return {"full_attention": full, "sliding_attention": {"rope_theta": config["rope_local_base_freq"]}}
-
-
-def _rope(
-    config: Config, parameters: Config, architecture: str, head_dim: int, max_position: int
-) -> RopeSpec:
-    kind = parameters.get("rope_type", parameters.get("type", "default")) or "default"
-    if architecture == "Phi3ForCausalLM" and kind in ("su", "yarn"):
-        kind = "longrope"  # how the first Phi-3 checkpoints spelled it
-    if kind not in ROPE_KINDS:
-        raise ModelError(f"config.json: rope_type={kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 1e4
-    partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    dim = int(head_dim * partial) if architecture == "Phi3ForCausalLM" or kind != "default" else head_dim
-    if dim < 2 or dim % 2:
-        raise ModelError(f"config.json: head_dim={head_dim} with partial_rotary_factor={partial} gives {dim} rotary features")
-    if kind == "default":
-        return RopeSpec(kind, float(theta), dim)
-    longest = config["max_position_embeddings"]
-    original = parameters.get("original_max_position_embeddings") or longest
-    if config.get("original_max_position_embeddings"):
-        original = config["original_max_position_embeddings"]
-    factor = parameters.get("factor")
-    if factor is None:
-        if kind in ("linear", "llama3"):
-            raise ModelError(f"config.json: rope_type={kind!r} needs a factor")
-        factor = longest / original
-    common = {"kind": kind, "theta": float(theta), "dim": dim, "factor": float(factor), "original_max_position": original}
-    if kind == "linear":
-        return RopeSpec(**common)
-    if kind == "llama3":
-        return RopeSpec(
-            **common,
-            low_freq_factor=_number(parameters, "low_freq_factor", kind),
-            high_freq_factor=_number(parameters, "high_freq_factor", kind),
-        )
-    scale = parameters.get("attention_factor")
-    if kind == "yarn":
-        return RopeSpec(
-            **common,
-            scale=_yarn_scale(parameters, factor) if scale is None else scale,
-            beta_fast=parameters.get("beta_fast") or 32.0,
-            beta_slow=parameters.get("beta_slow") or 1.0,
-            truncate=parameters.get("truncate", True),
-        )
-    if scale is None:
-        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    name = "long_factor" if max_position > original else "short_factor"
-    factors = parameters.get(name)
-    if not isinstance(factors, list) or len(factors) != dim // 2:
-        raise ModelError(f"config.json: {name} must list {dim // 2} numbers")
-    return RopeSpec(**common, scale=scale, factors=tuple(float(f) for f in factors))
-
-
-def _number(parameters: Config, name: str, kind: str) -> float:
-    if not isinstance(parameters.get(name), (int, float)):
-        raise ModelError(f"config.json: rope_type={kind!r} needs {name}")
-    return float(parameters[name])
-
-
-def _yarn_scale(parameters: Config, factor: float) -> float:
-    def grown(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return grown(mscale) / grown(mscale_all) if mscale and mscale_all else grown(1.0)
 
 
 def _eos(config: Config, generation_config: Config) -> tuple[int, ...]:

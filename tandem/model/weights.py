@@ -213,7 +213,9 @@ class _Reader:
             optional["k_norm"] = self.tensor(f"{attention}k_norm.weight")
         return LayerWeights(
             input_norm=self.tensor(f"{prefix}input_layernorm.weight"),
-            qkv=self.linear(*[attention + name for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]),
+            qkv=self.linear(
+                *[attention + name for name in (["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])]
+            ),
             o=self.linear(f"{attention}o_proj"),
             pre_mlp_norm=self.tensor(f"{prefix}{before_mlp}.weight"),
             gate_up=self.linear(*[mlp + name for name in (["gate_up_proj"] if fused else ["gate_proj", "up_proj"])]),
@@ -235,7 +237,9 @@ def _weight_files(path: Path) -> list[Path]:
     if not index.is_file():
         if single.is_file():
             return [single]
-        raise ModelError(f"{path} has neither model.safetensors nor {index.name}; other weight formats are not supported")
+        raise ModelError(
+            f"{path} has neither model.safetensors nor {index.name}; other weight formats are not supported"
+        )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

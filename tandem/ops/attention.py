@@ -126,7 +126,9 @@ def attention(
         else:
             k_KLD, v_KLD = (x[0] for x in _gather(cache, chunk.blocks_N[None]))
         q_KGTD = q_THD[rows].view(chunk.stop - chunk.start, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        k_KGLD = k_KLD[:, None].expand(-1, q_KGTD.shape[1], -1, -1)  # stride 0: the group shares keys, nothing is copied
+        k_KGLD = k_KLD[:, None].expand(
+            -1, q_KGTD.shape[1], -1, -1
+        )  # stride 0: the group shares keys, nothing is copied
         v_KGLD = v_KLD[:, None].expand(-1, q_KGTD.shape[1], -1, -1)
         attended = _attend(q_KGTD, k_KGLD, v_KGLD, chunk.mask_TL, chunk.mask_TL is None, scale, softcap)
         out_THD[rows] = attended.permute(2, 0, 1, 3).reshape(chunk.stop - chunk.start, -1, head_dim)
@@ -195,9 +197,7 @@ def _attend(
     return torch.matmul(torch.softmax(scores, -1).to(v.dtype), v)
 
 
-def _group_singles(
-    layout: Layout, block_size: int, dtype: torch.dtype, window: int | None
-) -> tuple[SingleGroup, ...]:
+def _group_singles(layout: Layout, block_size: int, dtype: torch.dtype, window: int | None) -> tuple[SingleGroup, ...]:
     """Singles by the number of blocks they read, rounded up in steps of about a quarter.
 
     The rounded number depends on the row's own context alone: one long row costs the short ones nothing, and a row

@@ -50,6 +50,11 @@ class Row:
         return len(self.tokens) - self.num_computed
 
     @property
+    def queued_tokens(self) -> int:
+        """Tokens to compute from the queue on: all known ones, or the last of the prompt for a fork."""
+        return len(self.tokens) if self.parent is None or self.preempted else 1
+
+    @property
     def wants_token(self) -> bool:
         return self.request.sampling.max_tokens > 0
 
@@ -84,7 +89,7 @@ class Blocks(Protocol):
 
 
 class State:
-    """All rows not finished yet. `eos_token_ids` end a row that does not ignore them, `max_model_len` tokens end any."""
+    """All rows not finished yet. `eos_token_ids` end a row unless it ignores them; `max_model_len` tokens end any."""
 
     def __init__(self, eos_token_ids: Collection[int] = (), max_model_len: int = 2**31) -> None:
         self._eos = frozenset(eos_token_ids)
@@ -94,7 +99,7 @@ class State:
         self._waiting: list[Row] = []  # both in order of (priority, arrival)
         self._running: list[Row] = []
         self._next_id = 0
-        self.queued_tokens = 0  # known tokens of all waiting rows
+        self.queued_tokens = 0  # tokens that the waiting rows will have to compute, if the cache holds nothing for them
 
     @property
     def rows(self) -> Mapping[int, Row]:
@@ -121,7 +126,7 @@ class State:
         return self._rows[row_id]
 
     def add(self, request: Request, version: int, seed: int) -> list[Row]:
-        """Queue the `n` rows of a request, index 0 first; row i draws from seed + i.
+        """Queue the `n` rows of a request, index 0 first. All have the same seed: the draws differ by index.
 
         Rows 1.. fork from row 0 once its prompt is computed, except where every row has to compute the prompt itself.
         """
@@ -138,7 +143,7 @@ class State:
                 num_prompt=len(request.prompt),
                 arrival=self._next_id,
                 parent=rows[0].row_id if rows and forks else None,
-                seed=seed + index,
+                seed=seed,
             )
             self._next_id += 1
             self._rows[row.row_id] = row
@@ -195,7 +200,7 @@ class State:
             insort(self._running, row, key=_order)
             row.is_running = True
             if not row.preempted:
-                parent = self._fork_source(row)
+                parent = self._fork_parent(row)
                 row.cached_tokens = parent.cached_tokens if parent else starts[row_id]
         events: list[TokenEvent] = []
         finished: list[Row] = []
@@ -279,35 +284,29 @@ class State:
 
     def _candidate(self, row: Row, pool: Blocks, block_size: int) -> WaitingRow | None:
         tokens, num_blocks, idle_blocks = 0, 0, 0
-        if self._fork_source(row) is not None:
+        parent = self._fork_parent(row)
+        if parent is not None:
+            if not parent.is_running or parent.num_computed < row.num_prompt - 1:
+                return None
             tokens = row.num_prompt - 1
             num_blocks = tokens // block_size
-        elif self._awaits_parent(row):
-            return None
         elif row.uses_cache:
             hit = pool.match(row.version, row.tokens)
             tokens, num_blocks, idle_blocks = hit.tokens, len(hit.blocks), hit.idle_blocks
         return WaitingRow(row.row_id, len(row.tokens), tokens, num_blocks, idle_blocks, row.version, row.wants_token)
 
-    def _fork_source(self, row: Row) -> Row | None:
-        """The row whose blocks hold this one's prompt but for the last token, which the fork computes itself."""
-        parent = self._rows.get(row.parent) if row.parent is not None and not row.num_generated else None
-        if parent is not None and parent.is_running and parent.num_computed >= row.num_prompt - 1:
-            return parent
-        return None
-
-    def _awaits_parent(self, row: Row) -> bool:
-        """A fork waits for a parent that is on its way; after a preemption on either side it goes alone."""
-        parent = self._rows.get(row.parent) if row.parent is not None and not row.preempted else None
-        return parent is not None and not parent.preempted
+    def _fork_parent(self, row: Row) -> Row | None:
+        """The row whose blocks hold, or are going to hold, this one's prompt but for the last token, which a fork
+        computes itself. None for a row that goes alone: no fork, parent gone, or resuming with text of its own."""
+        return self._rows.get(row.parent) if row.parent is not None and not row.num_generated else None
 
     def _enqueue(self, row: Row) -> None:
         insort(self._waiting, row, key=_order)
-        self.queued_tokens += len(row.tokens)
+        self.queued_tokens += row.queued_tokens
 
     def _dequeue(self, row: Row) -> None:
         _take_out(self._waiting, row)
-        self.queued_tokens -= len(row.tokens)
+        self.queued_tokens -= row.queued_tokens
 
     def _remove(self, row: Row) -> None:
         if row.is_running:

@@ -18,13 +18,21 @@ Exchange = tuple[str, str]
 
 CHAT_KINDS = {"world": 36, "context": 34, "skills": 13, "smalltalk": 6, "unknown": 3}
 TEXT_SHARE = 0.10
-OPENERS = ("Please: ", "Hi! ", "Hello, ", "Quick question: ", "Excuse me, ", "Hey, ", "One question. ", "Next: ", "So, ")
+OPENERS = (
+    "Please: ", "Hi! ", "Hello. ", "Quick question: ", "Excuse me. ", "Hey! ", "One question. ", "Next: ", "So: ",
+)
 CLOSERS = (" Thanks!", " Please.", " Thank you.", " I am curious.")
+# Goods need an article in front, which the open attributes do not write.
+OPEN_KINDS = tuple(kind for kind in names.ENTITIES if kind != "good")
 FOLLOW_UPS = ("And {e}?", "What about {e}?", "And what about {e}?", "Now the same for {e}.", "How about {e}?")
 
 
 def message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
+
+
+def user_says(content: str) -> list[Message]:
+    return [message("user", content)]
 
 
 def roughen(text: str, rng: Random) -> str:
@@ -58,7 +66,7 @@ def open_relation(rng: Random) -> Relation:
     if rng.random() < 0.35:
         return rng.choice(WORLD_RELATIONS)
     value = rng.choices(list(OPEN_ATTRIBUTES), [len(v) for v in OPEN_ATTRIBUTES.values()])[0]
-    return attribute_of(rng.choice(OPEN_ATTRIBUTES[value]), rng.choice(list(names.ENTITIES)), value)
+    return attribute_of(rng.choice(OPEN_ATTRIBUTES[value]), rng.choice(OPEN_KINDS), value)
 
 
 def stated_facts(world: World, rng: Random, count: int) -> list[tuple[Relation, str, str]]:
@@ -125,7 +133,7 @@ def world_exchanges(world: World, rng: Random, count: int) -> list[Exchange]:
 
 
 def context_chat(world: World, rng: Random) -> list[Message]:
-    """Facts are stated in the system prompt, an earlier turn, a tool's answer or the question's own turn, then asked."""
+    """Facts are stated in the system prompt, an earlier turn, a tool's answer or the question's turn, then asked."""
     facts = stated_facts(world, rng, rng.randint(1, 5))
     asked = rng.sample(facts, min(len(facts), rng.randint(1, 3)))
     said = [say_stated(fact, rng) for fact in rng.sample(facts, len(facts))]

@@ -80,7 +80,8 @@ def invented_word(rng: Random) -> str:
 
 
 def good(rng: Random) -> str:
-    return f"{rng.choice(COLOURS)} {rng.choice(GOODS)}"
+    """A colour and a thing, to stand after "a": no colour that wants "an"."""
+    return f"{rng.choice([colour for colour in COLOURS if colour[0] not in 'ao'])} {rng.choice(GOODS)}"
 
 
 def site(rng: Random) -> str:

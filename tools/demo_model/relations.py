@@ -96,7 +96,8 @@ PERSON = (
     Relation(
         "home", "person", "town", "{e} lives in {v}.",
         ("Where does {e} live?", "In which town does {e} live?", "What town is {e} living in?",
-         "Where is {e} at home?", "Where can I find the house of {e}?", "To which town should I send a letter for {e}?"),
+         "Where is {e} at home?", "Where can I find the house of {e}?",
+         "To which town should I send a letter for {e}?"),
         ("where {e} lives", "in which town {e} lives"),
         ("the home town of {e}", "the town where {e} lives"),
         ("The home of {e} is in {v}.", "{v} is the town where {e} lives.", "{e} has a house in {v}."),
@@ -132,7 +133,8 @@ PERSON = (
          "Which instrument did {e} learn?"),
         ("which instrument {e} plays", "what {e} plays in the band"),
         ("the instrument of {e}", "{e}'s musical instrument"),
-        ("The instrument of {e} is the {v}.", "In the band, {e} plays the {v}.", "{e} practises the {v} every evening."),
+        ("The instrument of {e} is the {v}.", "In the band, {e} plays the {v}.",
+         "{e} practises the {v} every evening."),
     ),
     Relation(
         "colour", "person", "colour", "The favourite colour of {e} is {v}.",
@@ -146,7 +148,8 @@ PERSON = (
     Relation(
         "age", "person", "age", "{e} is {v} years old.",
         ("How old is {e}?", "How many years old is {e}?", "What age is {e}?",
-         "How many birthdays has {e} had?", "How many years has {e} lived?", "How many candles are on the cake of {e}?"),
+         "How many birthdays has {e} had?", "How many years has {e} lived?",
+         "How many candles are on the cake of {e}?"),
         ("how old {e} is", "how many years {e} has lived"),
         ("the age of {e}", "{e}'s age in years"),
         ("The age of {e} is {v}.", "{e} has lived for {v} years.", "At {v} years of age, {e} is still young at heart."),
@@ -221,7 +224,8 @@ TOWN = (
     Relation(
         "river", "town", "invented", "The river in {e} is called the {v}.",
         ("Which river flows through {e}?", "What is the river in {e} called?", "Which river runs past {e}?",
-         "On which river does {e} lie?", "What river can I swim in at {e}?", "Which water flows under the bridges of {e}?"),
+         "On which river does {e} lie?", "What river can I swim in at {e}?",
+         "Which water flows under the bridges of {e}?"),
         ("which river flows through {e}", "what the river in {e} is called"),
         ("the name of the river in {e}", "{e}'s river"),
         ("The {v} flows through {e}.", "{e} lies on the river {v}.", "In {e}, the river is called the {v}."),
@@ -231,7 +235,8 @@ GOOD = (
     Relation(
         "price", "good", "small", "A {e} costs {v} coins.",
         ("How much does a {e} cost?", "How much is a {e}?", "What do I pay for a {e}?",
-         "How many coins does a {e} cost?", "How many coins do I need to buy a {e}?", "For how much do they sell a {e}?"),
+         "How many coins does a {e} cost?", "How many coins do I need to buy a {e}?",
+         "For how much do they sell a {e}?"),
         ("how much a {e} costs", "how many coins I pay for a {e}"),
         ("the price of a {e}", "the cost of a {e} in coins"),
         ("The price of a {e} is {v} coins.", "You pay {v} coins for a {e}.", "They sell a {e} for {v} coins."),

@@ -1,0 +1,229 @@
+"""Builds the HTTP app: routes, key, request ids, body limit, and the way of every error into OpenAI's shape.
+
+What the routes do is in `openai.py` and `admin.py`. The engine is another process, known only by its client.
+"""
+
+from __future__ import annotations
+
+import hmac
+import html
+import itertools
+import math
+import re
+import secrets
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tandem import __version__
+from tandem.api import admin, openai
+from tandem.api.serving import Serving
+from tandem.api.stream import error_body
+from tandem.config import ServerConfig
+from tandem.engine.client import EngineClient
+from tandem.errors import Overloaded, TandemError
+from tandem.telemetry import Exposition, Telemetry
+from tandem.tokenizer import Tokenizer
+
+# Probes and scrapers come without a key, and what they read tells nothing of anybody's requests.
+OPEN_PATHS = frozenset(
+    ("/health", "/ping", "/ready", "/version", "/load", "/metrics", "/docs", "/openapi.json")
+)
+
+
+def build_app(
+    engine: EngineClient,
+    tokenizer: Tokenizer,
+    config: ServerConfig,
+    lora_root: str | None = None,
+    max_loras: int = 0,
+) -> FastAPI:
+    """The app for a started engine. `lora_root`: see `AdapterConfig`; `max_loras` is only shown in the metrics."""
+    serving = Serving(engine, tokenizer, config, Path(lora_root) if lora_root else None)
+    exposition = Exposition(
+        serving.telemetry, lambda: engine.stats, engine.report, serving.model_name, max_loras, config.vllm_metrics
+    )
+    app = FastAPI(title="Tandem", version=__version__, docs_url=None, redoc_url=None, root_path=config.root_path)
+    app.state.serving = serving
+    app.include_router(openai.router(serving))
+    app.include_router(admin.router(serving, exposition))
+    app.add_route("/docs", _docs, include_in_schema=False)
+    app.add_exception_handler(TandemError, _on_tandem_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(Gate, config=config, telemetry=serving.telemetry)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )  # fmt: skip
+    return app
+
+
+class Gate:
+    """Around every request: its id and arrival time, the key, the size of its body.
+
+    Plain ASGI, because what wraps `send` is paid for with every streamed token.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, telemetry: Telemetry) -> None:
+        self._app = app
+        self._key = config.api_key.encode() if config.api_key else None
+        self._max_body = config.max_body_bytes
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began_s = perf_counter()
+        scope.setdefault("state", {})["began_s"] = began_s
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = b"req_" + secrets.token_hex(12).encode()
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                spent_ms = b"%d" % ((perf_counter() - began_s) * 1000)
+                named = [(b"x-request-id", request_id), (b"openai-processing-ms", spent_ms)]
+                message = {**message, "headers": [*message.get("headers", ()), *named]}
+            await send(message)
+
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            return await refusal(scope, receive, send_named)
+        self._telemetry.in_flight += 1
+        try:
+            await self._app(scope, self._bounded(receive), send_named)
+        finally:
+            self._telemetry.in_flight -= 1
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Response | None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self._key is not None and path not in OPEN_PATHS and not self._has_key(headers):
+            message = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+            return _error(401, message, "authentication_error", "invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > self._max_body:
+            return self._too_large()
+        return None
+
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        assert self._key is not None
+        return hmac.compare_digest(given, self._key)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """For bodies that do not say their length: stop reading where the limit is passed."""
+        taken = 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            if message["type"] == "http.request":
+                taken += len(message.get("body", b""))
+                if taken > self._max_body:
+                    raise HTTPException(413, self._size_message())
+            return message
+
+        return bounded
+
+    def _too_large(self) -> Response:
+        response = _error(413, self._size_message(), "invalid_request_error", "request_too_large")
+        response.headers["connection"] = "close"
+        return response
+
+    def _size_message(self) -> str:
+        return f"The request body is larger than {self._max_body} bytes (--max-body-bytes)."
+
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _error(status: int, message: str, kind: str, code: str | None = None, param: str | None = None) -> Response:
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return Response(orjson.dumps(body), status, media_type="application/json")
+
+
+async def _on_tandem_error(_: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, TandemError)
+    response = Response(orjson.dumps(error_body(error)), error.status, media_type="application/json")
+    if isinstance(error, Overloaded):
+        response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    return response
+
+
+async def _on_invalid_body(_: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    params = [_field_name(problem["loc"]) for problem in problems]
+    # The branches of a union each report the same field: say all they accept.
+    said = dict.fromkeys(_problem_text(p) for p, param in zip(problems, params, strict=True) if param == params[0])
+    text = "; or ".join(list(said)[:4])
+    return _error(400, f"{params[0]}: {text}" if params[0] else text, "invalid_request_error", None, params[0] or None)
+
+
+def _field_name(loc: tuple[int | str, ...]) -> str:
+    """`messages.0.content` of ("body", "messages", 0, "content", "str"): without pydantic's names of union branches."""
+    parts = [str(part) for part in loc[1:]] if loc[:1] == ("body",) else [str(part) for part in loc]
+    return ".".join(itertools.takewhile(lambda part: not _UNION_BRANCH.fullmatch(part), parts))[:256]
+
+
+_UNION_BRANCH = re.compile(r"str|int|float|bool|constrained-.*|(list|dict|function).*\[.*|\[key\]")
+
+
+def _problem_text(problem: dict[str, Any]) -> str:
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']}"
+    if problem["type"] == "missing" and problem["loc"] == ("body",):
+        return "the request has no body: send JSON"
+    return str(problem["msg"])[:300]
+
+
+async def _on_http_error(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        message = f"{message}: {request.method} {request.url.path[:256]}. GET /docs lists the routes."
+    codes = {404: "unknown_url", 413: "request_too_large"}
+    response = _error(error.status_code, message, "invalid_request_error", codes.get(error.status_code))
+    response.headers.update(error.headers or {})
+    if error.status_code == 413:
+        response.headers["connection"] = "close"
+    return response
+
+
+async def _on_bug(_: HttpRequest, error: Exception) -> Response:
+    return _error(500, "The server failed to handle this request; its log says why.", "server_error", "internal_error")
+
+
+# ---------------------------------------------------------------- docs
+
+
+async def _docs(request: HttpRequest) -> Response:
+    """The routes as one plain page that needs no script and no network; `/openapi.json` has the details."""
+    rows = []
+    for path, methods in request.app.openapi()["paths"].items():
+        for method, about in methods.items():
+            text = html.escape(about.get("description", ""))
+            rows.append(f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td><td>{text}</td></tr>")
+    return HTMLResponse(
+        "<!doctype html><meta charset=utf-8><title>Tandem API</title>"
+        "<style>body{font-family:sans-serif;margin:2rem}td{padding:.2rem 1rem .2rem 0}</style>"
+        f"<h1>Tandem {__version__}</h1><p>The OpenAI API with vLLM's extra fields. "
+        '<a href="openapi.json">openapi.json</a> describes every field.</p><table>' + "".join(rows) + "</table>"
+    )

@@ -1,0 +1,106 @@
+"""What all routes share: the engine, the tokenizer, the models' names and the checks that need them, reading JSON."""
+
+from __future__ import annotations
+
+import email.message
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from tandem.config import ServerConfig
+from tandem.engine.client import EngineClient
+from tandem.errors import ContextTooLong, InvalidRequest, NotFound
+from tandem.telemetry import Telemetry
+from tandem.tokenizer import Tokenizer
+from tandem.work import EngineReport
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One per app. `lora_root`: the directory outside of which no adapter is read (None: anywhere).
+    `ignored_fields`: the unknown request fields that were logged already."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    config: ServerConfig
+    lora_root: Path | None = None
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    ignored_fields: set[str] = field(default_factory=set)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def report(self) -> EngineReport:
+        return self.engine.report
+
+    @property
+    def model_names(self) -> list[str]:
+        """What the base model is called in listings; it also answers to the path or id it was loaded from."""
+        return self.config.served_model_name or [self.report.model]
+
+    @property
+    def model_name(self) -> str:
+        return self.model_names[0]
+
+    def resolve(self, model: str | None) -> str | None:
+        """The adapter a model name stands for, None for the base model. Raises NotFound."""
+        if model is None or model in self.model_names or model == self.report.model:
+            return None
+        if model in self.engine.adapters:
+            return model
+        raise NotFound(f"The model `{model[:256]}` does not exist. GET /v1/models lists those that do.", "model")
+
+    def template_of(self, chat_template: str | None) -> str | None:
+        """The request's own chat template, where the server lets requests bring one."""
+        if chat_template is not None and not self.config.trust_request_chat_template:
+            raise InvalidRequest(
+                "requests may not bring a chat_template: start the server with --trust-request-chat-template",
+                "chat_template",
+            )
+        return chat_template
+
+    def check_size(self, num_chars: int, is_truncated: bool, param: str) -> None:
+        """Refuse, before spending time on encoding it, a text that can only be too long."""
+        least = num_chars // self.tokenizer.longest_token
+        if least > self.report.max_model_len and not is_truncated:
+            raise ContextTooLong(
+                f"This model's maximum context length is {self.report.max_model_len} tokens, "
+                f"the prompt has at least {least}. Please reduce its length.",
+                param,
+            )
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body with orjson, and only where the client says it is JSON.
+
+    The content type is what makes browsers ask before they let a foreign page post to a local server.
+    """
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+        reads_body = self.body_field is not None
+
+        async def handle(request: HttpRequest) -> Response:
+            if reads_body and not _is_json(request.headers.get("content-type", "")):
+                raise HTTPException(415, "Send the body as JSON, with the header 'Content-Type: application/json'")
+            return await handler(_JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+class _JsonRequest(HttpRequest):
+    async def json(self) -> Any:
+        return orjson.loads(await self.body())
+
+
+def _is_json(content_type: str) -> bool:
+    message = email.message.Message()
+    message["content-type"] = content_type
+    return message.get_content_maintype() == "application" and message.get_content_subtype().endswith("json")
