@@ -187,6 +187,8 @@ _UNION_BRANCH = re.compile(r"str|int|float|bool|constrained-.*|(list|dict|functi
 
 
 def _problem_text(problem: dict[str, Any]) -> str:
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])[:300]
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']}"
     if problem["type"] == "missing" and problem["loc"] == ("body",):

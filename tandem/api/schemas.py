@@ -1,7 +1,7 @@
 """The request bodies of the wire as pydantic types, their limits, and their way into `work.SamplingParams`.
 
 A null means the default. Unknown fields are let through and logged once; fields whose effect we cannot give are refused
-by name. Replies are plain dicts, built where they are written (`openai.py`, `admin.py`).
+by name. Replies are plain dicts, built where they are written (`replies.py`, `admin.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from tandem.errors import ContextTooLong, InvalidRequest
 from tandem.work import SamplingParams
@@ -21,6 +21,9 @@ log = logging.getLogger("tandem.api")
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 64
+MAX_BIASES = 4096
+# Prompts of one request times n.
+MAX_ANSWERS = 4096
 INT32_MAX = 2**31 - 1
 
 # Fields we cannot honour: the values that change nothing, and what to say of any other.
@@ -67,6 +70,38 @@ class Wire(BaseModel):
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
+def _is_prompt(prompt: Any) -> Any:
+    """By hand, since a union would report each of a million wrong items."""
+    items = prompt if isinstance(prompt, list) else [prompt]
+    if not items:
+        raise ValueError("is empty")
+    if all(type(item) is str for item in items) or (prompt is items and all(type(item) is int for item in items)):
+        return prompt
+    if all(type(item) is list for item in items) and all(type(i) is int for item in items for i in item):
+        return prompt
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+def _is_bias(bias: Any) -> Any:
+    if isinstance(bias, dict) and len(bias) > MAX_BIASES:
+        raise ValueError(f"has more than {MAX_BIASES} entries")
+    return bias
+
+
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        _IDS_SCHEMA,
+        {"type": "array", "items": _IDS_SCHEMA},
+    ]
+}
+# fail_fast: one error for a list, not one for each of a million items.
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
+
 class StreamOptions(Wire):
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -82,11 +117,11 @@ class Generation(Wire):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    stop: Annotated[str, Field(max_length=1000)] | Annotated[list[str], Field(max_length=MAX_STOPS)] = []
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_is_bias)] = {}
     response_format: dict[str, Any] | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] = 0
@@ -94,7 +129,7 @@ class Generation(Wire):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] = 0
     ignore_eos: bool = False
-    stop_token_ids: Annotated[list[int], Field(max_length=1024)] = []
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] = []
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -176,8 +211,8 @@ Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
 class Message(Wire):
     role: Role
-    content: str | list[dict[str, Any]] | None = None
-    tool_calls: list[dict[str, Any]] = []
+    content: str | Objects | None = None
+    tool_calls: Objects = []
 
     def plain(self, at: str) -> dict[str, Any]:
         """As chat templates want it: text content, tool arguments as objects. `at` names the message in errors."""
@@ -218,12 +253,15 @@ def _with_parsed_arguments(call: dict[str, Any], at: str) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
 class ChatRequest(Generation):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[dict[str, Any]] = []
+    tools: Objects = []
     tool_choice: str | dict[str, Any] = "auto"
     echo: bool = False
     add_generation_prompt: bool = True
@@ -260,7 +298,7 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[Any, BeforeValidator(_is_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -271,12 +309,12 @@ class CompletionRequest(Generation):
             raise InvalidRequest("best_of larger than n is not supported", "best_of")
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one. Raises InvalidRequest where there is none."""
-        if not self.prompt and self.prompt != "":
-            raise InvalidRequest("prompt is empty", "prompt")
+        """The prompts one by one."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
-        return list(self.prompt)
+        if len(self.prompt) * self.n > MAX_ANSWERS:
+            raise InvalidRequest(f"{len(self.prompt)} prompts x n={self.n} are more than {MAX_ANSWERS}", "prompt")
+        return self.prompt
 
     def to_work(self, prompt_len: int, limits: Limits) -> SamplingParams:
         asked = self.max_tokens
@@ -291,8 +329,8 @@ class CompletionRequest(Generation):
 class TokenizeRequest(Wire):
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[dict[str, Any]] = []
+    messages: Messages | None = None
+    tools: Objects = []
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -303,7 +341,7 @@ class TokenizeRequest(Wire):
 
 class DetokenizeRequest(Wire):
     model: str | None = None
-    tokens: list[int]
+    tokens: TokenIds
 
 
 class LoadAdapterRequest(Wire):

@@ -1,7 +1,7 @@
 """Engine events -> text deltas -> HTTP: the way of every generated token, written for few microseconds per token.
 
 `Answer` turns the events of one HTTP request into `Delta`s, one per step and choice; `Reply` sends them as server-sent
-events or collects them into one body. How a delta looks in JSON is the writer's business (`openai.py`).
+events or collects them into one body. How a delta looks in JSON is the writer's business (`replies.py`).
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class UsageError(TandemError):
 class Parser(argparse.ArgumentParser):
     """argparse that raises UsageError, knows near misses and answers flags of vLLM's that Tandem lacks."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+    def __init__(self, prog: str, description: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (try: {self.prog} --help)")
@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(self._recognised([_dashed(arg) for arg in argv], note))
 
     def _recognised(self, argv: list[str], note: Callable[[str], None]) -> list[str]:
-        known, kept = self._option_string_actions, []
-        rest = iter(argv)
+        known, rest = self._option_string_actions, iter(argv)
+        kept: list[str] = []
         for arg in rest:
             flag = arg.partition("=")[0]
             if arg == "--":
@@ -81,7 +81,8 @@ def _is_number(text: str) -> bool:
 def add(parser: argparse.ArgumentParser, *classes: type, skip: Sequence[str] = ()) -> None:
     """A flag per field of the config classes, one group per class, except for the names in `skip`."""
     for cls in classes:
-        nested = [kind for kind in typing.get_type_hints(cls).values() if dataclasses.is_dataclass(kind)]
+        kinds: list[type] = list(typing.get_type_hints(cls).values())
+        nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         if nested:
             add(parser, *nested, skip=skip)
             continue

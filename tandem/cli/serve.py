@@ -11,6 +11,7 @@ import contextlib
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tandem import __version__
@@ -167,6 +168,8 @@ async def _load(engine_config: EngineConfig, config: ServerConfig) -> tuple[Engi
 
 
 def _load_tokenizer(engine_config: EngineConfig, config: ServerConfig) -> Tokenizer:
+    # Imported here because this thread has the time: what the routes need takes as long as a small model's weights.
+    import tandem.api.app  # noqa: F401
     from tandem.tokenizer import Tokenizer
 
     model = engine_config.model
@@ -189,8 +192,9 @@ def _http_server(door: FrontDoor, config: ServerConfig) -> uvicorn.Server:
     class Server(uvicorn.Server):
         """uvicorn without its signal handlers: draining and exit codes are decided here."""
 
-        def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-            return contextlib.nullcontext()
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
 
     return Server(
         uvicorn.Config(

@@ -54,6 +54,8 @@ class Engine:
         self.stats = EngineStats(blocks_total=self.blocks.num_total)
         self.plan_log: deque[tuple[StepPlan, float]] = deque(maxlen=PLAN_LOG_STEPS)
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
+        self._arrived: dict[int, float] = {}  # monotonic seconds, of rows never admitted
+        self._queued: dict[tuple[str, int], float] = {}  # seconds in the queue, of rows without an event yet
 
     @property
     def report(self) -> EngineReport:
@@ -78,8 +80,9 @@ class Engine:
         version = self.adapters.resolve(request.adapter)
         seed = request.sampling.seed
         rows = self.state.add(request, version, secrets.randbits(63) if seed is None else seed)
-        for _ in rows:
+        for row in rows:
             self.adapters.pin(version)
+            self._arrived[row.row_id] = time.monotonic()
 
     def _check(self, request: Request) -> None:
         vocab, longest = self.worker.spec.vocab_size, self.worker.max_model_len
@@ -89,8 +92,9 @@ class Engine:
         outside = next((t for t in prompt if not 0 <= t < vocab), None)
         if outside is not None:
             raise InvalidRequest(f"token id {outside} is outside the vocabulary of {vocab}", "prompt")
-        if any(not 0 <= t < vocab for t in sampling.logit_bias):
-            raise InvalidRequest(f"logit_bias names a token id outside the vocabulary of {vocab}", "logit_bias")
+        for param, named in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            if any(not 0 <= t < vocab for t in named):
+                raise InvalidRequest(f"{param} names a token id outside the vocabulary of {vocab}", param)
         if len(prompt) + sampling.max_tokens > longest:
             raise ContextTooLong(
                 f"prompt ({len(prompt)} tokens) and max_tokens ({sampling.max_tokens}) exceed the context of "
@@ -165,6 +169,7 @@ class Engine:
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         rows = [self.state.row(segment.row) for segment in plan.segments]
         events, finished = self.state.commit(plan, result)
+        events = self._with_queue_time([row for row in rows if row.row_id in plan.admit], result, events)
         for row in rows:
             self.blocks.commit(row.row_id, row.version, row.tokens, row.num_computed)
         self._release(finished)
@@ -175,8 +180,26 @@ class Engine:
         self._count(plan, result, events)
         return events
 
+    def _with_queue_time(
+        self, admitted: Sequence[Row], result: StepResult, events: list[TokenEvent]
+    ) -> list[TokenEvent]:
+        """The first event of a choice says how long its row waited for its first admission."""
+        began = time.monotonic() - result.seconds
+        for row in admitted:
+            if (arrived := self._arrived.pop(row.row_id, None)) is not None:
+                self._queued[row.request.request_id, row.index] = max(0.0, began - arrived)
+        if not self._queued:
+            return events
+        return [
+            event if (waited := self._queued.pop((event.request_id, event.index), None)) is None
+            else msgspec.structs.replace(event, queue_s=waited)
+            for event in events
+        ]  # fmt: skip
+
     def _release(self, rows: Sequence[Row]) -> None:
         for row in rows:
+            self._arrived.pop(row.row_id, None)
+            self._queued.pop((row.request.request_id, row.index), None)
             self.blocks.release(row.row_id)
             self._forget(self.adapters.unpin(row.version))
 

@@ -9,13 +9,12 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tandem import ops
-from tandem.config import AdapterConfig, CacheConfig, ModelConfig, SchedulerConfig
+from tandem.config import DEMO_MODEL, AdapterConfig, CacheConfig, ModelConfig, SchedulerConfig
 from tandem.engine import batch as batches
 from tandem.engine import sampler
 from tandem.engine.sampler import Draw
@@ -28,7 +27,6 @@ from tandem.model.weights import load_weights, resolve_model
 from tandem.work import EngineReport, Segment, StepPlan, StepResult, TopLogprobs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class Worker:
         if model.num_threads:
             torch.set_num_threads(model.num_threads)
         self.device = _device(model.device)
-        path = ASSETS / "demo" if model.model == "demo" else resolve_model(model.model, model.revision)
+        path = DEMO_MODEL if model.model == "demo" else resolve_model(model.model, model.revision)
         self.spec = load_spec(path, model.max_model_len)
         self.dtype = _dtype(model.dtype, self.spec.dtype)
         self.kernels = ops.load(self.device.type, self.dtype)

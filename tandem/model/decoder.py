@@ -66,7 +66,7 @@ class Decoder:
     ) -> Tensor:
         """Hidden states after the final norm, [T, D]. Keys and values of all rows are written to `caches`, one per
         layer, [2, num_blocks, block_size, K, head_dim]. T is at least 4, padding included."""
-        step = self._begin(layout, caches[0].shape[2])
+        step = self._begin(layout, caches[0])
         x_TD = embedding(tokens_T, self.weights.embedding_VD)
         if self.spec.embedding_scale is not None:
             # The scale in the model's own precision, as the checkpoints were trained.
@@ -84,8 +84,8 @@ class Decoder:
             logits_MV = self.kernels.softcap(logits_MV, self.spec.final_softcap)
         return logits_MV
 
-    def _begin(self, layout: Layout, block_size: int) -> _Step:
-        reads = {w: self.kernels.prepare_attention(layout, block_size, self.dtype, w) for w in self.windows}
+    def _begin(self, layout: Layout, cache: Tensor) -> _Step:
+        reads = {w: self.kernels.prepare_attention(layout, cache, w) for w in self.windows}
         angles = {
             rope: self.kernels.rope_angles(layout.positions_T, frequencies_F, rope.scale, self.dtype)
             for rope, frequencies_F in self.frequencies.items()

@@ -4,7 +4,8 @@ Here: where rows read and write (`Layout`), the fast path on torch's own operati
 defines the meaning. Not here: who owns which block (`memory/`), how a batch is laid out (`engine/batch.py`).
 
 Shape letters: T rows of the flat batch, B rows that are one token of a sequence, N blocks, L key positions read,
-H query heads, K key/value heads, G query heads per key/value head, D head_dim.
+H query heads, K key/value heads, G query heads per key/value head, D head_dim, W written rows, E features of one head
+in one block.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+SCRATCH_BYTES = 8 * 2**20  # keys and values gathered at once: not much more than a cache holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,37 +56,54 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class SingleGroup:
-    """Singles that read equally many blocks: their rows, the blocks to gather, which positions count."""
+    """Singles that read equally many blocks: their rows, the half blocks to gather, which positions count."""
 
     rows_B: Tensor | slice
-    blocks_BN: Tensor
+    gather_N: Tensor
     mask_B11L: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRead:
-    """What one chunk reads. No blocks: its own rows are its whole context. No mask: plainly causal."""
+    """What one chunk reads. Nothing to gather: its own rows are its whole context. No mask: plainly causal."""
 
     start: int
     stop: int
-    blocks_N: Tensor | None
+    gather_N: Tensor | None
     mask_TL: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """The part of a layout's work that is the same in every layer with the same window: indices and masks."""
+    """The part of a layout's work that is the same in every layer with the same window: indices, masks, scratch.
 
+    writes_W: rows of `_tokens(cache)[0]` to write, by batch row and kv head. scratch_NE receives what is gathered;
+    one for all layers, because touching fresh memory costs more than the gathering.
+    """
+
+    writes_W: Tensor
     groups: tuple[SingleGroup, ...]
     chunks: tuple[ChunkRead, ...]
     num_rows: int
+    scratch_NE: Tensor
 
 
-def prepare_attention(layout: Layout, block_size: int, dtype: torch.dtype, window: int | None = None) -> Reads:
-    """Gather indices and additive masks of `dtype`, to be used by every layer whose window is `window`."""
-    groups = _group_singles(layout, block_size, dtype, window)
-    chunks = tuple(_read_chunk(chunk, block_size, dtype, window) for chunk in layout.chunks)
-    return Reads(groups, chunks, len(layout.single_context_B) + sum(chunk.length for chunk in layout.chunks))
+def prepare_attention(layout: Layout, cache: Tensor, window: int | None = None) -> Reads:
+    """What every layer does whose window is `window` and whose cache has the shape and dtype of `cache`."""
+    _, _, block_size, num_kv_heads, head_dim = cache.shape
+    heads_K = torch.arange(num_kv_heads, device=cache.device)
+    half_blocks_TK = (layout.slots_T // block_size)[:, None] * num_kv_heads + heads_K
+    writes_TK = half_blocks_TK * block_size + (layout.slots_T % block_size)[:, None]
+    groups = _group_singles(layout, cache, window)
+    chunks = tuple(_read_chunk(chunk, cache, window) for chunk in layout.chunks)
+    widest = max((len(read.gather_N) for read in (*groups, *chunks) if read.gather_N is not None), default=0)
+    return Reads(
+        writes_W=writes_TK.flatten(),
+        groups=groups,
+        chunks=chunks,
+        num_rows=len(layout.single_context_B) + sum(chunk.length for chunk in layout.chunks),
+        scratch_NE=torch.empty(widest, block_size * head_dim, dtype=cache.dtype, device=cache.device),
+    )
 
 
 def attention(
@@ -102,33 +122,33 @@ def attention(
 
     Causal; with `window` only the last `window` positions count; with `softcap` scores are softcap * tanh(s / softcap).
     cache: [2, num_blocks, block_size, K, D], finite everywhere (what is masked is multiplied by zero, not skipped).
-    `reads` is `prepare_attention(layout, block_size, q.dtype, window)`, built here when absent.
+    The inside of a block is this file's own affair: it lies there as [K, block_size, D], so that the positions of one
+    head are neighbours and a gathered context needs no transposing. Whole blocks may be copied and zeroed by anyone.
+    `reads` is `prepare_attention(layout, cache, window)`, built here when absent.
     """
-    _, num_blocks, block_size, num_kv_heads, head_dim = cache.shape
-    slots = cache.view(2, num_blocks * block_size, num_kv_heads, head_dim)
-    slots[0].index_copy_(0, layout.slots_T, k_TKD)
-    slots[1].index_copy_(0, layout.slots_T, v_TKD)
+    num_kv_heads, head_dim = cache.shape[3:]
     if reads is None:
-        reads = prepare_attention(layout, block_size, q_THD.dtype, window)
+        reads = prepare_attention(layout, cache, window)
+    for half_WD, new_TKD in zip(_tokens(cache), (k_TKD, v_TKD)):
+        half_WD.index_copy_(0, reads.writes_W, new_TKD.reshape(-1, head_dim))
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if reads.num_rows < len(q_THD):
         out_THD[reads.num_rows :] = 0
     for group in reads.groups:
         rows_BHD = q_THD[group.rows_B]
         q_BKGD = rows_BHD.view(len(rows_BHD), num_kv_heads, -1, head_dim)
-        k_BKLD, v_BKLD = _gather(cache, group.blocks_BN)
+        k_BKLD, v_BKLD = _gather(cache, group.gather_N, len(rows_BHD), reads.scratch_NE)
         attended = _attend(q_BKGD, k_BKLD, v_BKLD, group.mask_B11L, False, scale, softcap)
         out_THD[group.rows_B] = attended.reshape(len(rows_BHD), -1, head_dim)
     for chunk in reads.chunks:
         rows = slice(chunk.start, chunk.stop)
-        if chunk.blocks_N is None:
+        if chunk.gather_N is None:
             k_KLD, v_KLD = k_TKD[rows].transpose(0, 1), v_TKD[rows].transpose(0, 1)
         else:
-            k_KLD, v_KLD = (x[0] for x in _gather(cache, chunk.blocks_N[None]))
+            k_KLD, v_KLD = (x[0] for x in _gather(cache, chunk.gather_N, 1, reads.scratch_NE))
         q_KGTD = q_THD[rows].view(chunk.stop - chunk.start, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        k_KGLD = k_KLD[:, None].expand(
-            -1, q_KGTD.shape[1], -1, -1
-        )  # stride 0: the group shares keys, nothing is copied
+        # Stride 0: the heads of a group share keys and values, nothing is copied.
+        k_KGLD = k_KLD[:, None].expand(-1, q_KGTD.shape[1], -1, -1)
         v_KGLD = v_KLD[:, None].expand(-1, q_KGTD.shape[1], -1, -1)
         attended = _attend(q_KGTD, k_KGLD, v_KGLD, chunk.mask_TL, chunk.mask_TL is None, scale, softcap)
         out_THD[rows] = attended.permute(2, 0, 1, 3).reshape(chunk.stop - chunk.start, -1, head_dim)
@@ -147,10 +167,11 @@ def attention_reference(
     softcap: float | None = None,
 ) -> Tensor:
     """What `attention` means, one row and one head at a time, in float32."""
-    _, _, block_size, num_kv_heads, _ = cache.shape
+    _, num_blocks, block_size, num_kv_heads, head_dim = cache.shape
+    cache = cache.view(2, num_blocks, num_kv_heads, block_size, head_dim)
     for row, slot in enumerate(layout.slots_T.tolist()):
-        cache[0, slot // block_size, slot % block_size] = k_TKD[row]
-        cache[1, slot // block_size, slot % block_size] = v_TKD[row]
+        cache[0, slot // block_size, :, slot % block_size] = k_TKD[row]
+        cache[1, slot // block_size, :, slot % block_size] = v_TKD[row]
     out_THD = torch.zeros_like(q_THD)
     num_singles = len(layout.single_context_B)
     for row in range(len(q_THD)):
@@ -165,8 +186,8 @@ def attention_reference(
         slots = [(int(blocks_N[p // block_size]), p % block_size) for p in range(first, context)]
         for head in range(q_THD.shape[1]):
             kv_head = head // (q_THD.shape[1] // num_kv_heads)
-            keys_LD = torch.stack([cache[0, b, o, kv_head] for b, o in slots]).float()
-            values_LD = torch.stack([cache[1, b, o, kv_head] for b, o in slots]).float()
+            keys_LD = torch.stack([cache[0, b, kv_head, o] for b, o in slots]).float()
+            values_LD = torch.stack([cache[1, b, kv_head, o] for b, o in slots]).float()
             scores_L = keys_LD @ q_THD[row, head].float() * scale
             if softcap is not None:
                 scores_L = softcap * torch.tanh(scores_L / softcap)
@@ -174,12 +195,26 @@ def attention_reference(
     return out_THD
 
 
-def _gather(cache: Tensor, blocks_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of whole blocks, each as a [B, K, L, D] view of one gathered copy."""
-    num_kv_heads, head_dim = cache.shape[3:]
-    rows, flat_blocks = len(blocks_BN), blocks_BN.reshape(-1)
-    k, v = (half.index_select(0, flat_blocks).view(rows, -1, num_kv_heads, head_dim) for half in cache)
-    return k.transpose(1, 2), v.transpose(1, 2)
+def _tokens(cache: Tensor) -> Tensor:
+    """The cache as rows of one head's features at one position: [2, num_blocks * K * block_size, D]."""
+    return cache.view(2, -1, cache.shape[-1])
+
+
+def _gather(cache: Tensor, gather_N: Tensor, num_rows: int, scratch_NE: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole blocks, each [B, K, L, D], in `scratch_NE`."""
+    _, _, block_size, num_kv_heads, head_dim = cache.shape
+    halves_NE = cache.view(-1, block_size * head_dim)
+    gathered_NE = torch.index_select(halves_NE, 0, gather_N, out=scratch_NE[: len(gather_N)])
+    k, v = gathered_NE.view(2, num_rows, num_kv_heads, -1, head_dim)
+    return k, v
+
+
+def _gather_indices(blocks_BN: Tensor, cache: Tensor) -> Tensor:
+    """Rows of the cache, seen as [2 * num_blocks * K, block_size * D], in the order [2, B, K, N]."""
+    _, num_blocks, _, num_kv_heads, _ = cache.shape
+    heads_K1 = torch.arange(num_kv_heads, device=blocks_BN.device)[:, None]
+    keys = (blocks_BN[:, None] * num_kv_heads + heads_K1).flatten()
+    return torch.cat((keys, keys + num_blocks * num_kv_heads))
 
 
 def _attend(
@@ -197,32 +232,35 @@ def _attend(
     return torch.matmul(torch.softmax(scores, -1).to(v.dtype), v)
 
 
-def _group_singles(layout: Layout, block_size: int, dtype: torch.dtype, window: int | None) -> tuple[SingleGroup, ...]:
+def _group_singles(layout: Layout, cache: Tensor, window: int | None) -> tuple[SingleGroup, ...]:
     """Singles by the number of blocks they read, rounded up in steps of about a quarter.
 
     The rounded number depends on the row's own context alone: one long row costs the short ones nothing, and a row
     is computed the same way whoever its batch mates are.
     """
+    block_size, device = cache.shape[2], cache.device
     contexts = layout.single_context_B.tolist()
-    device = layout.single_context_B.device
     members: dict[int, list[int]] = {}
     for row, context in enumerate(contexts):
         members.setdefault(_round_up(context, block_size, window), []).append(row)
     groups = []
-    for num_blocks, rows in sorted(members.items()):
-        whole = len(rows) == len(contexts)
-        rows_B = slice(0, len(rows)) if whole else torch.tensor(rows, device=device)
-        context_B = layout.single_context_B[rows_B]
-        first_B = torch.zeros_like(context_B) if window is None else (context_B - window).clamp(min=0) // block_size
-        columns_BN = first_B[:, None] + torch.arange(num_blocks, device=device)
-        inside_BN = columns_BN * block_size < context_B[:, None]
-        table_BN = layout.single_blocks_BN[rows_B]
-        blocks_BN = table_BN.gather(1, columns_BN.clamp(max=table_BN.shape[1] - 1)) * inside_BN
-        positions_BL = (first_B * block_size)[:, None] + torch.arange(num_blocks * block_size, device=device)
-        allowed_BL = positions_BL < context_B[:, None]
-        if window is not None:
-            allowed_BL &= positions_BL >= (context_B - window)[:, None]
-        groups.append(SingleGroup(rows_B, blocks_BN, _additive(allowed_BL, dtype)[:, None, None]))
+    for num_blocks, alike in sorted(members.items()):
+        at_once = max(1, SCRATCH_BYTES // (2 * num_blocks * cache[0, 0].nbytes))
+        for rows in (alike[i : i + at_once] for i in range(0, len(alike), at_once)):
+            neighbours = rows[-1] - rows[0] == len(rows) - 1
+            rows_B = slice(rows[0], rows[-1] + 1) if neighbours else torch.tensor(rows, device=device)
+            context_B = layout.single_context_B[rows_B]
+            first_B = torch.zeros_like(context_B) if window is None else (context_B - window).clamp(min=0) // block_size
+            columns_BN = first_B[:, None] + torch.arange(num_blocks, device=device)
+            inside_BN = columns_BN * block_size < context_B[:, None]
+            table_BN = layout.single_blocks_BN[rows_B]
+            blocks_BN = table_BN.gather(1, columns_BN.clamp(max=table_BN.shape[1] - 1)) * inside_BN
+            positions_BL = (first_B * block_size)[:, None] + torch.arange(num_blocks * block_size, device=device)
+            allowed_BL = positions_BL < context_B[:, None]
+            if window is not None:
+                allowed_BL &= positions_BL >= (context_B - window)[:, None]
+            mask_B11L = _additive(allowed_BL, cache.dtype)[:, None, None]
+            groups.append(SingleGroup(rows_B, _gather_indices(blocks_BN, cache), mask_B11L))
     return tuple(groups)
 
 
@@ -233,21 +271,21 @@ def _round_up(context: int, block_size: int, window: int | None) -> int:
     return -(-num_blocks // step) * step
 
 
-def _read_chunk(chunk: Chunk, block_size: int, dtype: torch.dtype, window: int | None) -> ChunkRead:
+def _read_chunk(chunk: Chunk, cache: Tensor, window: int | None) -> ChunkRead:
+    block_size, device = cache.shape[2], cache.device
     first_query = chunk.context - chunk.length
     whole = first_query == 0
     if whole and (window is None or chunk.context <= window):
         return ChunkRead(chunk.start, chunk.stop, None, None)
-    device = chunk.blocks_N.device
     first_block = 0 if window is None or whole else max(0, first_query - window + 1) // block_size
-    blocks_N = None if whole else chunk.blocks_N[first_block:]
-    num_keys = chunk.context if blocks_N is None else len(blocks_N) * block_size
+    gather_N = None if whole else _gather_indices(chunk.blocks_N[None, first_block:], cache)
+    num_keys = chunk.context if whole else (len(chunk.blocks_N) - first_block) * block_size
     keys_L = first_block * block_size + torch.arange(num_keys, device=device)
     queries_T = first_query + torch.arange(chunk.length, device=device)
     allowed_TL = keys_L <= queries_T[:, None]
     if window is not None:
         allowed_TL &= keys_L > queries_T[:, None] - window
-    return ChunkRead(chunk.start, chunk.stop, blocks_N, _additive(allowed_TL, dtype))
+    return ChunkRead(chunk.start, chunk.stop, gather_N, _additive(allowed_TL, cache.dtype))
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -138,7 +138,7 @@ def _decode(draft: _Draft, running: tuple[RunningRow, ...]) -> list[RunningRow]:
     """One token for each row that knows all but its last; returns the rows that keep their blocks.
 
     A row that finds no block takes those of the least urgent one, be it itself. If every running row is in the middle
-    of its prompt and no block is free, the most urgent one gets its next block this way.
+    of its prompt, the most urgent one finds its next block this way too: the others wait for it.
     """
     kept = list(running)
     block_size = draft.limits.block_size
@@ -156,7 +156,7 @@ def _decode(draft: _Draft, running: tuple[RunningRow, ...]) -> list[RunningRow]:
     draft.load = Load(tokens, context, 0, samples)
     if tokens:
         draft.max_s = draft.limits.max_stall_ratio * draft.limits.cost.seconds(draft.load)
-    elif kept and draft.free_blocks == 0 and all(r.computed % block_size == 0 for r in kept):
+    elif kept and draft.free_blocks == 0 and kept[0].computed % block_size == 0:
         _find_block(draft, kept, 0)
         draft.free_blocks += 1  # found for a prefill, which takes it in `_prefill`
     return kept

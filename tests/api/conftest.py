@@ -134,6 +134,13 @@ def engine(tokenizer):
     assert made.open == 0, "a stream was left open"
 
 
+@pytest.fixture(scope="session")
+def steady_url(tokenizer):
+    """A server for requests that never reach its engine."""
+    with Server(build_app(FakeEngine(tokenizer), tokenizer, ServerConfig())) as server:
+        yield server.url
+
+
 @pytest.fixture
 def app(engine, tokenizer, tmp_path):
     return build_app(engine, tokenizer, ServerConfig(), lora_root=str(tmp_path))

@@ -110,7 +110,8 @@ async def test_request_ids(http):
     ],
 )
 async def test_broken_bodies(http, content, headers, status):
-    response = await http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json", **headers})
+    headers = {"content-type": "application/json", **headers}
+    response = await http.post("/v1/chat/completions", content=content, headers=headers)
     assert response.status_code == status
     if status != 200:
         error_of(response)
@@ -319,3 +320,28 @@ def test_many_prompts_overloaded_halfway_leave_nothing_running(engine, app, serv
     engine.submit = submit
     response = httpx.post(serve(app).url + "/v1/completions", json={"prompt": ["a", "b", "c"]})
     assert response.status_code == 429 and len(engine.cancelled) == 2
+
+
+HOSTILE = {
+    "a million wrong ids": ("/v1/completions", b'{"prompt": [' + b'"x", ' * 1_000_000 + b"1]}"),
+    "a million lists": ("/v1/completions", b'{"prompt": [' + b"[1], " * 1_000_000 + b"1]}"),
+    "a million prompts": ("/v1/completions", b'{"n": 128, "prompt": [' + b"[1], " * 1_000_000 + b"[1]]}"),
+    "a million bad messages": ("/v1/chat/completions", b'{"messages": [' + b"1, " * 1_000_000 + b"1]}"),
+    "a million bad parts": ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": [' + b"1, " * 1_000_000
+                            + b"1]}]}"),
+    "a million biases": ("/v1/completions", b'{"prompt": "x", "logit_bias": {'
+                         + b",".join(b'"x%d": 1' % i for i in range(1_000_000)) + b"}}"),
+    "a million stops": ("/v1/completions", b'{"prompt": "x", "stop": [' + b"1, " * 1_000_000 + b"1]}"),
+    "a million tokens": ("/detokenize", b'{"tokens": [' + b'"x", ' * 1_000_000 + b"1]}"),
+    "a million tools": ("/tokenize", b'{"prompt": "x", "tools": [' + b"1, " * 1_000_000 + b"1]}"),
+    "a long text": ("/v1/completions", b'{"prompt": "' + b"word " * 1_000_000 + b'"}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_bodies_are_refused_quickly(http, name):
+    path, content = HOSTILE[name]
+    began = time.perf_counter()
+    response = await http.post(path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and len(response.content) < 2000, response.text[:300]
+    assert time.perf_counter() - began < 15

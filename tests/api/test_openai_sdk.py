@@ -179,6 +179,12 @@ def test_models_with_slashes_and_colons(client, engine, tmp_path):
 # ---- the SDK's own exceptions
 
 
+@pytest.fixture(scope="module")
+def steady_client(steady_url):
+    with openai.OpenAI(base_url=steady_url + "/v1", api_key="any", max_retries=0, timeout=20) as made:
+        yield made
+
+
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
@@ -203,17 +209,17 @@ def test_models_with_slashes_and_colons(client, engine, tmp_path):
         ({"extra_body": {"chat_template": "x"}}, None, "chat_template"),
     ],
 )  # fmt: skip
-def test_bad_requests(client, body, code, param):
+def test_bad_requests(steady_client, body, code, param):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**{"model": "org/tiny:1", "messages": MESSAGES, **body})
+        steady_client.chat.completions.create(**{"model": "org/tiny:1", "messages": MESSAGES, **body})
     assert (caught.value.code, caught.value.param) == (code, param)
     assert caught.value.type == "invalid_request_error" and caught.value.body["message"]
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [10**6], [-1], ["a", 1], [["a"]], "word " * 3000, [7] * 300])
-def test_bad_prompts(client, prompt):
+def test_bad_prompts(steady_client, prompt):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="org/tiny:1", prompt=prompt)
+        steady_client.completions.create(model="org/tiny:1", prompt=prompt)
     assert caught.value.param == "prompt"
 
 
@@ -256,3 +262,68 @@ def test_a_dead_engine(client, engine):
     with pytest.raises(openai.InternalServerError) as caught:
         client.chat.completions.create(model="org/tiny:1", messages=MESSAGES)
     assert caught.value.status_code == 503
+
+
+# ---- vLLM's ways of asking
+
+
+def test_token_ids_as_names_and_echo_of_several_choices(client, tokenizer):
+    ids = tokenizer.encode("Hello")
+    got = client.completions.create(
+        model="org/tiny:1", prompt=[ids, ids], n=2, max_tokens=2, echo=True, logprobs=2,
+        extra_body={"return_tokens_as_token_ids": True, "return_token_ids": True, "prompt_logprobs": 1},
+    )  # fmt: skip
+    assert len(got.choices) == 4
+    for choice in got.choices:
+        assert choice.text.startswith("Hello") and choice.prompt_token_ids == ids and len(choice.token_ids) == 2
+        assert choice.logprobs.tokens == [f"token_id:{i}" for i in [*ids, *choice.token_ids]]
+        assert len(choice.prompt_logprobs) == len(ids) and choice.prompt_logprobs[0] is None
+        assert str(ids[1]) in choice.prompt_logprobs[1] if len(ids) > 1 else True
+
+
+def test_streamed_token_ids(client, engine):
+    for endpoint in ("chat", "text"):
+        body = {"model": "org/tiny:1", "stream": True, "max_tokens": 8, "extra_body": {"return_token_ids": True}}
+        if endpoint == "chat":
+            chunks = list(client.chat.completions.create(messages=MESSAGES, **body))
+        else:
+            chunks = list(client.completions.create(prompt="Hello", **body))
+        choices = [chunk.choices[0] for chunk in chunks]
+        assert choices[0].prompt_token_ids == engine.requests[-1].prompt
+        assert [i for c in choices for i in getattr(c, "token_ids", None) or []] == engine.reply[:8]
+
+
+def test_continuing_the_last_message(client, engine, tokenizer):
+    said = [*MESSAGES, {"role": "assistant", "content": "Well, I"}]
+    client.chat.completions.create(model="org/tiny:1", messages=said, extra_body={"continue_final_message": True})
+    assert tokenizer.decode(engine.requests[0].prompt, False).endswith("assistant\nWell, I")
+    client.chat.completions.create(model="org/tiny:1", messages=said, extra_body={"add_generation_prompt": False})
+    assert tokenizer.decode(engine.requests[1].prompt, False).endswith("Well, I<|im_end|>\n")
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(
+            model="org/tiny:1", messages=said,
+            extra_body={"continue_final_message": True, "add_generation_prompt": True},
+        )  # fmt: skip
+
+
+def test_a_chat_template_of_the_request_needs_trust(engine, tokenizer, serve):
+    app = build_app(engine, tokenizer, ServerConfig(trust_request_chat_template=True))
+    client = openai.OpenAI(base_url=serve(app).url + "/v1", api_key="any", max_retries=0)
+    body = {"chat_template": "{{ greeting }}: {{ messages[0].content }}", "chat_template_kwargs": {"greeting": "Hi"}}
+    client.chat.completions.create(model="org/tiny:1", messages=MESSAGES, extra_body=body)
+    assert tokenizer.decode(engine.requests[0].prompt) == "Hi: Say hello"
+
+
+def test_truncated_prompts(client, engine, tokenizer):
+    ids = tokenizer.encode("word " * 200)
+    for keep, kept in ((10, 10), (-1, 256 - 16)):
+        extra = {"truncate_prompt_tokens": keep}
+        client.completions.create(model="org/tiny:1", prompt="word " * 200, max_tokens=16, extra_body=extra)
+        assert engine.requests[-1].prompt == ids[-kept:]
+
+
+def test_min_tokens_delays_stop_strings(client, engine):
+    got = client.completions.create(
+        model="org/tiny:1", prompt="x", max_tokens=64, stop="e", extra_body={"min_tokens": len(engine.reply) - 4}
+    )
+    assert got.choices[0].text.startswith("Hello there, naïve") and got.usage.completion_tokens > len(engine.reply) - 4

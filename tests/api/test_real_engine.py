@@ -1,4 +1,4 @@
-"""The HTTP side with a real engine process on a tiny random model, through the openai SDK; transformers is the oracle."""
+"""The HTTP side with a real engine process on a tiny random model, through the openai SDK. Oracle: transformers."""
 
 import asyncio
 import os

@@ -6,7 +6,6 @@ import pytest
 
 from tandem.__main__ import main
 from tandem.cli.bench_throughput import Limits, row
-from tandem.config import DEMO_MODEL
 
 LIMITS = Limits(
     bandwidth=100.0, matmul_rate=1000.0, weight_bytes=200, kv_bytes_per_token=1.0, flops_per_token=100.0,
@@ -40,7 +39,6 @@ def test_a_row_has_the_keys_of_every_engines_benchmark():
     assert row(1, 30, 1, 6.1, LIMITS)["roofline_share"] == 0.5
 
 
-@pytest.mark.skipif(not (DEMO_MODEL / "config.json").exists(), reason="the embedded model is NOT built yet")
 def test_the_real_engine(tmp_path, capsys):
     path = tmp_path / "out.jsonl"
     argv = ["bench", "throughput", "--demo", "--dtype", "float32", "--workloads", "2x8x4,1x40x1", "--repeat", "2"]

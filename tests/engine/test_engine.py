@@ -203,6 +203,7 @@ def test_a_dirty_block_does_not_reach_its_next_owner(make_engine) -> None:
         (Request(request_id="r", prompt=[tiny_models.VOCAB_SIZE]), InvalidRequest),
         (Request(request_id="r", prompt=[5] * 250, sampling=SamplingParams(max_tokens=7)), ContextTooLong),
         (Request(request_id="r", prompt=[5], sampling=SamplingParams(logit_bias={999: 1.0})), InvalidRequest),
+        (Request(request_id="r", prompt=[5], sampling=SamplingParams(stop_token_ids=(999,))), InvalidRequest),
         (Request(request_id="r", prompt=[5], adapter="nobody"), NotFound),
         (Request(request_id="r", prompt=[5], sampling=SamplingParams(n=9)), Overloaded),
     ],
@@ -213,6 +214,16 @@ def test_bad_requests_are_refused_and_leave_nothing(make_engine, request_: Reque
         engine.submit(request_)
     assert not engine.has_work
     engine.check()
+
+
+def test_the_first_event_says_how_long_a_choice_was_queued(make_engine) -> None:
+    engine = make_engine(max_num_seqs=1)
+    for name in ("first", "second"):
+        engine.submit(Request(request_id=name, prompt=[5, 6], sampling=SamplingParams(max_tokens=3, ignore_eos=True)))
+    found = collect(engine)
+    queued = {name: [event.queue_s for event in found[name, 0]] for name in ("first", "second")}
+    assert all(times[1:] == [None, None] for times in queued.values())
+    assert queued["second"][0] > queued["first"][0] >= 0
 
 
 def test_a_request_id_in_use_is_refused(make_engine) -> None:

@@ -10,7 +10,7 @@ from paged import layout_of
 from torch import Tensor
 
 from tandem import ops
-from tandem.ops.attention import attention, attention_reference, prepare_attention
+from tandem.ops.attention import SCRATCH_BYTES, attention, attention_reference, prepare_attention
 from tandem.ops.linear import can_pack, keep_plain, linear, pack, unpack
 from tandem.ops.lora import lora
 from tandem.ops.pointwise import gelu_tanh_mul, rms_norm, rope, rope_angles, silu_mul, softcap
@@ -104,18 +104,26 @@ def test_a_row_is_the_same_whoever_its_batch_mates_are() -> None:
 
 
 def test_a_window_gathers_only_the_blocks_it_reaches() -> None:
-    _, _, _, _, layout = case("singles of all lengths", 4, (4, 2), torch.float32)
-    reads = prepare_attention(layout, 4, torch.float32, window=6)
-    assert max(group.blocks_BN.shape[1] for group in reads.groups) == 3
-    _, _, _, _, layout = case("chunk after context", 2, (4, 2), torch.float32)
-    (chunk,) = prepare_attention(layout, 2, torch.float32, window=4).chunks
-    assert len(chunk.blocks_N) == 4  # positions 10 to 17
+    _, _, _, cache, layout = case("singles of all lengths", 4, (4, 2), torch.float32)
+    assert max(group.mask_B11L.shape[-1] for group in prepare_attention(layout, cache, window=6).groups) == 3 * 4
+    _, _, _, cache, layout = case("chunk after context", 2, (4, 2), torch.float32)
+    (chunk,) = prepare_attention(layout, cache, window=4).chunks
+    assert chunk.gather_N is not None
+    assert len(chunk.gather_N) == 2 * 2 * 4  # keys and values, two heads, positions 10 to 17
 
 
 def test_one_long_row_does_not_widen_the_others() -> None:
     layout = layout_of([(4000, 1, list(range(1, 252)))] + [(20, 1, [300, 301])] * 31, 16)
-    reads = prepare_attention(layout, 16, torch.float32)
-    assert sum(group.blocks_BN.numel() for group in reads.groups) < 31 * 2 + 256 + 1
+    reads = prepare_attention(layout, torch.zeros(2, 400, 16, 2, 8))
+    assert sum(len(group.gather_N) for group in reads.groups) <= 2 * 2 * (31 * 2 + 256)
+
+
+def test_what_is_gathered_at_once_is_bounded() -> None:
+    layout = layout_of([(4000, 1, list(range(1, 252)))] * 40, 16)
+    cache = torch.zeros(2, 300, 16, 8, 64, dtype=torch.bfloat16)
+    reads = prepare_attention(layout, cache)
+    assert reads.scratch_NE.nbytes <= SCRATCH_BYTES
+    assert sorted(row for g in reads.groups for row in range(40)[g.rows_B]) == list(range(40))
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -197,6 +197,8 @@ def test_prompts_that_hold_all_blocks_between_them_do_not_wait_for_each_other():
     running = tuple(RunningRow(i, 30, 8, own_blocks=2) for i in range(3))
     made = plan(Snapshot(running, (), 0), limits())
     assert made.preempt == (2,) and lengths(made) == {0: 8}
+    made = plan(Snapshot((running[0], RunningRow(1, 30, 6, own_blocks=2)), (), 0), limits())
+    assert made.preempt == (1,) and lengths(made) == {0: 8}, "also where another could fill its last block"
     shared = tuple(r._replace(own_blocks=0) for r in running)
     assert lengths(plan(Snapshot(shared, (), 0), limits())) == {0: 4}, "the last one left gets a block uncounted"
 

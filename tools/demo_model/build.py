@@ -46,7 +46,7 @@ def main() -> None:
     the_world = world.build_world()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
-        tokens.train_tokenizer(the_world, recipe.seed).save_pretrained(made, save_jinja_files=False)
+        tokens.save_tokenizer(tokens.train_tokenizer(the_world, recipe.seed), made)
         model, run = train.train(the_world, made, recipe, args.checkpoints)
         train.save(model, made)
         results = evaluate.evaluate(the_world, made, args.count)

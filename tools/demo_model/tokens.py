@@ -4,6 +4,7 @@ Digits are always single tokens, so numbers of any length are read and copied di
 vocabulary: any UTF-8 text survives a round trip and there is no unknown token.
 """
 
+import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -58,11 +59,22 @@ def train_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=IM_END,
         pad_token=PAD,
-        additional_special_tokens=[IM_START, EOS],
+        extra_special_tokens=[IM_START, EOS],
         chat_template=CHAT_TEMPLATE,
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, template inside, with the keys that every version reads."""
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("backend", None)
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def plain_strings(stream: Iterable[Document], world: World) -> Iterable[str]:

@@ -21,9 +21,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tools.demo_model.corpus import documents
-from tools.demo_model.tokens import Encoder
+from tools.demo_model.tokens import EOS, SPECIAL, Encoder
 from tools.demo_model.world import World
 
+# The id of the mark that ends plain text; a chat turn ends with another, see tokens.SPECIAL.
+END_OF_TEXT = SPECIAL.index(EOS)
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
@@ -188,7 +190,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     copy.load_state_dict(model.state_dict())
     copy.generation_config.update(
         bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id,
+        eos_token_id=[model.config.eos_token_id, END_OF_TEXT],
         pad_token_id=model.config.pad_token_id,
         do_sample=False,
         max_new_tokens=128,
