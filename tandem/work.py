@@ -119,7 +119,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
     `token_id` is None where the event carries no token (cancelled; prompt log-probabilities of max_tokens=0).
     `stop_token` says that token_id ended the text and is not part of it.
-    `cached_tokens`, `prompt_logprobs` and `queue_s` (seconds from arrival to admission) come with a choice's first event.
+    `cached_tokens`, `prompt_logprobs` and `queue_s` (seconds from arrival to admission) come with a choice's first
+    event.
     """
 
     request_id: str

@@ -40,9 +40,7 @@ def sentencepiece(strip: bool) -> Backend:
         [*([normalizers.Prepend("▁")] if strip else []), normalizers.Replace(" ", "▁")]
     )
     tail = [decoders.Strip(" ", 1, 0)] if strip else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail])
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", "<s>", "<|end|>", *bytes_])
     backend.train_from_iterator([CORPUS[0].replace(" ", "▁")], trainer)

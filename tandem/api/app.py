@@ -35,9 +35,7 @@ from tandem.telemetry import Exposition, Telemetry
 from tandem.tokenizer import Tokenizer
 
 # Probes and scrapers come without a key, and what they read tells nothing of anybody's requests.
-OPEN_PATHS = frozenset(
-    ("/health", "/ping", "/ready", "/version", "/load", "/metrics", "/docs", "/openapi.json")
-)
+OPEN_PATHS = frozenset(("/health", "/ping", "/ready", "/version", "/load", "/metrics", "/docs", "/openapi.json"))
 
 
 def build_app(
@@ -86,11 +84,11 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         began_s = perf_counter()
-        scope.setdefault("state", {})["began_s"] = began_s
         headers: dict[bytes, bytes] = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = b"req_" + secrets.token_hex(12).encode()
+        scope.setdefault("state", {}).update(began_s=began_s, request_id=request_id)
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -209,8 +207,12 @@ async def _on_http_error(request: HttpRequest, error: Exception) -> Response:
     return response
 
 
-async def _on_bug(_: HttpRequest, error: Exception) -> Response:
-    return _error(500, "The server failed to handle this request; its log says why.", "server_error", "internal_error")
+async def _on_bug(request: HttpRequest, _: Exception) -> Response:
+    """The last resort; the server logs the traceback. Runs outside of the Gate, so it names the request itself."""
+    message = "The server failed to handle this request; its log says why."
+    response = _error(500, message, "server_error", "internal_error")
+    response.headers["x-request-id"] = request.state.request_id.decode()
+    return response
 
 
 # ---------------------------------------------------------------- docs

@@ -89,9 +89,7 @@ class EngineClient:
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
-    async def start(
-        cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None
-    ) -> EngineClient:
+    async def start(cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> EngineClient:
         """Spawn the engine and wait until it can serve; `on_progress(done, total)` while weights load.
 
         Raises what the engine failed with (ModelError, ConfigError, ...), or EngineDead.

@@ -101,7 +101,7 @@ class Engine:
                 f"{longest} tokens: shorten the prompt or lower max_tokens",
                 "prompt" if len(prompt) >= longest else "max_tokens",
             )
-        if any(row.request.request_id == request.request_id for row in self.state.rows.values()):
+        if self.state.has_request(request.request_id):
             raise InvalidRequest(f"request id {request.request_id} is in use: choose another", "request_id")
         limit = self.config.scheduler.max_num_queued_reqs
         if self.state.num_waiting + sampling.n > limit:
@@ -162,7 +162,9 @@ class Engine:
         inputs = {}
         for segment in plan.segments:
             row = self.state.row(segment.row)
-            draw = Draw(row.request.sampling, row.seed, row.index, row.tokens, row.num_prompt, self.worker.spec.eos_token_ids)
+            draw = Draw(
+                row.request.sampling, row.seed, row.index, row.tokens, row.num_prompt, self.worker.spec.eos_token_ids
+            )
             inputs[segment.row] = RowInput(row.tokens, self.blocks.table(segment.row), row.version, draw)
         return inputs
 
@@ -253,7 +255,9 @@ class Engine:
         while self.has_work:
             yield self.step()
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, adapter: str | None = None) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, adapter: str | None = None
+    ) -> list[list[int]]:
         """Token ids generated for each prompt (choice 0), stop tokens included."""
         tag = f"generate-{time.monotonic_ns()}"
         found: dict[str, list[int]] = {}
@@ -265,5 +269,3 @@ class Engine:
                 if event.index == 0 and event.token_id is not None and event.request_id in found:
                     found[event.request_id].append(event.token_id)
         return list(found.values())
-
-

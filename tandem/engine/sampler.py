@@ -22,7 +22,7 @@ MASK64 = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One row to sample: its parameters, choice index, history (prompt and generated ids) and where generation began."""
+    """One row to sample: its parameters, choice index, history (prompt, then generated ids), where generation began."""
 
     params: SamplingParams
     seed: int

@@ -24,7 +24,7 @@ from tandem.model.adapter import AdapterWeights, read_adapter
 from tandem.model.decoder import Decoder, LoraBatch
 from tandem.model.spec import load_spec, targets
 from tandem.model.weights import load_weights, resolve_model
-from tandem.work import EngineReport, Segment, StepPlan, StepResult, TopLogprobs
+from tandem.work import EngineReport, SamplingParams, Segment, StepPlan, StepResult, TopLogprobs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -211,26 +211,31 @@ class Worker:
 
     def measure(self) -> list[tuple[int, int, int, int, float]]:
         """Time real steps on scratch blocks: (tokens, context read, query x key pairs, sampled rows, seconds)."""
-        shapes = [(1, 16, 0), (4, 16, 0), (16, 16, 0), (1, 16, 60), (1, 16, 252), (4, 256, 0), (1, 16, 28)]
+        # (decodes, their context, tokens of a chunk, its start): the last two tell attention from the rest.
+        shapes = [(1, 16, 0, 0), (4, 16, 0, 0), (16, 16, 0, 0), (1, 16, 28, 0), (1, 16, 60, 0), (1, 16, 252, 0)]
+        shapes += [(4, 1024, 0, 0), (1, 16, 60, 2048)]
         found = []
-        for singles, context, chunk in [shapes[0], *shapes]:
-            plan, rows = self._synthetic(singles, context, chunk)
-            seconds = sorted(self.step(plan, rows).seconds for _ in range(2))[0]
-            pairs = chunk * (chunk + 1) // 2
+        for singles, context, chunk, start in [shapes[0], *shapes]:
+            context, start = min(context, self.max_model_len), min(start, max(0, self.max_model_len - chunk))
+            chunk = min(chunk, self.max_model_len)
+            plan, rows = self._synthetic(singles, context, chunk, start)
+            seconds = min(self.step(plan, rows).seconds for _ in range(2))
+            pairs = chunk * start + chunk * (chunk + 1) // 2 if chunk > 1 else 0
             found.append((singles + chunk, singles * context, pairs, singles, seconds))
         self.kv.zero_()
-        return found[1:]
+        return found[1:]  # the first one warms up
 
-    def _synthetic(self, singles: int, context: int, chunk: int) -> tuple[StepPlan, dict[int, RowInput]]:
+    def _synthetic(
+        self, singles: int, context: int, chunk: int, chunk_start: int = 0
+    ) -> tuple[StepPlan, dict[int, RowInput]]:
         """A plan of `singles` decodes at `context` tokens and one chunk, all on the same blocks: only for timing."""
-        context = min(context, self.max_model_len - 1)
-        chunk = min(chunk, self.max_model_len - 1)
-        blocks = [i % (self.num_blocks - 1) + 1 for i in range(-(-max(context, chunk, 1) // self.block_size))]
-        tokens = [0] * max(context, chunk, 1)
-        draw = Draw(sampler.SamplingParams(temperature=0.0), 0, 0, tokens, 1)
+        longest = max(context, chunk_start + chunk)
+        blocks = [i % (self.num_blocks - 1) + 1 for i in range(-(-longest // self.block_size))]
+        tokens = [0] * longest
+        draw = Draw(SamplingParams(temperature=0.0), 0, 0, tokens, 1)
         segments = [Segment(i, context - 1, 1, True) for i in range(singles)]
         if chunk:
-            segments.append(Segment(singles, 0, chunk, False))
+            segments.append(Segment(singles, chunk_start, chunk, False))
         rows = {s.row: RowInput(tokens, blocks, 0, draw) for s in segments}
         return StepPlan(tuple(segments)), rows
 
@@ -261,7 +266,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch")
+        raise ConfigError(
+            "--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
+        )
     return torch.device(name)
 
 
@@ -274,7 +281,7 @@ def _dtype(name: str, checkpoint: str) -> torch.dtype:
 
 def _isa(device: torch.device) -> str:
     if device.type == "cuda":
-        return "sm_%d%d" % torch.cuda.get_device_capability(device)
+        return "sm_" + "".join(map(str, torch.cuda.get_device_capability(device)))
     names = [torch.backends.cpu.get_cpu_capability()]
     probes = {"BF16": "_is_avx512_bf16_supported", "VNNI": "_is_vnni_supported", "AMX": "_is_amx_tile_supported"}
     names += [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]

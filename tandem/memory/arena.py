@@ -87,19 +87,19 @@ class AdapterPool:
                 layer[name] = (self._grown(a), self._grown(b))
 
     def _grown(self, old: Tensor) -> Tensor:
-        new = torch.zeros(self.capacity, old.shape[1], dtype=old.dtype, device=old.device)
+        new = self._empty(old.shape[1])
         new[: old.shape[0]] = old
         return new
+
+    def _empty(self, width: int) -> Tensor:
+        return torch.zeros(self.capacity, width, dtype=self.dtype, device=self.device)
 
     def write(self, low: int, high: int, factors: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> None:
         """Put one adapter into rows low..high: per layer, by target, (a_RI, b_RO) with R <= high - low."""
         for layer, own in zip(self._layers, factors, strict=True):
-            for name, (a_RI, b_RO) in own.items():
-                if name not in layer:
-                    layer[name] = tuple(  # type: ignore[assignment]
-                        torch.zeros(self.capacity, width, dtype=self.dtype, device=self.device)
-                        for width in self.targets[name]
-                    )
+            for name in own.keys() - layer.keys():
+                in_features, out_features = self.targets[name]
+                layer[name] = (self._empty(in_features), self._empty(out_features))
             for name, stacks in layer.items():
                 for stack in stacks:
                     stack[low:high] = 0

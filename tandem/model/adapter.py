@@ -26,6 +26,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(r"^(?:model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight$")
 
+MLP_MODULES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 # Fields that change the maths when they are set to anything but these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -167,10 +168,11 @@ def _check_pair(
 
 def _scaling(config: dict[str, Any], layer: int, name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; patterns match module names as in PEFT."""
-    module = f"layers.{layer}.{'mlp' if name in ('gate_proj', 'up_proj', 'gate_up_proj', 'down_proj') else 'self_attn'}.{name}"
+    block = "mlp" if name in MLP_MODULES else "self_attn"
+    module = f"model.layers.{layer}.{block}.{name}"
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", f"model.{module}"):
+        if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -125,6 +125,10 @@ class State:
     def row(self, row_id: int) -> Row:
         return self._rows[row_id]
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether any choice of a request is still waiting or running."""
+        return request_id in self._by_request
+
     def add(self, request: Request, version: int, seed: int) -> list[Row]:
         """Queue the `n` rows of a request, index 0 first. All have the same seed: the draws differ by index.
 

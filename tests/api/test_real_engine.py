@@ -200,6 +200,7 @@ def test_metrics_of_a_real_engine(client, server):
 
 def test_overload(model, tmp_path):
     with RealServer(model, tmp_path, max_num_seqs=1, max_num_queued_reqs=1) as server:
+
         def ask(_):
             try:
                 extra = {"ignore_eos": True}

@@ -246,7 +246,9 @@ def test_weights_that_do_not_fit_are_refused(
         make_engine().load_adapter("a", str(rewritten(adapters["qv"], tmp_path / "a", change)))
 
 
-def test_missing_broken_and_oversized_adapters_are_refused(make_engine, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_broken_and_oversized_adapters_are_refused(
+    make_engine, adapters: dict[str, Path], tmp_path: Path
+) -> None:
     engine = make_engine(max_lora_rank=4)
     with pytest.raises(ModelError, match="adapter_config.json is missing"):
         engine.load_adapter("a", str(tmp_path / "nowhere"))

@@ -57,7 +57,7 @@ def test_frequencies_are_the_softmax(temperature: float) -> None:
     ],
 )
 def test_filters_keep_what_transformers_keeps(params: dict, warpers: list) -> None:
-    """Every kept token can be drawn and no other: extreme draws are tried through many seeds and the support compared."""
+    """Every kept token can be drawn and no other: supports and frequencies over many seeds are compared."""
     flat = params.pop("flat", False)
     scale = 0.3 if flat else 2.5
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2)) * scale
@@ -116,7 +116,17 @@ def test_top_logprobs_zero_alternatives() -> None:
 def test_uniform_is_in_range_and_depends_on_all_three(seed: int, index: int, position: int) -> None:
     u = uniform(seed, index, position)
     assert 0.0 <= u < 1.0
-    assert len({u, uniform(seed + 1, index, position), uniform(seed, index + 1, position), uniform(seed, index, position + 1)}) == 4
+    assert (
+        len(
+            {
+                u,
+                uniform(seed + 1, index, position),
+                uniform(seed, index + 1, position),
+                uniform(seed, index, position + 1),
+            }
+        )
+        == 4
+    )
 
 
 def test_uniform_is_uniform() -> None:
@@ -130,7 +140,11 @@ def test_a_row_draws_the_same_among_any_batch_mates(data: st.DataObject) -> None
     rng = random.Random(data.draw(st.integers(0, 10_000)))
     rows = []
     for i in range(data.draw(st.integers(1, 6))):
-        params = {"temperature": rng.choice((0.0, 0.7, 1.3)), "top_k": rng.choice((0, 3, 300)), "top_p": rng.choice((1.0, 0.8))}
+        params = {
+            "temperature": rng.choice((0.0, 0.7, 1.3)),
+            "top_k": rng.choice((0, 3, 300)),
+            "top_p": rng.choice((1.0, 0.8)),
+        }
         rows.append(draw(seed=rng.randrange(2**63), index=i, min_p=rng.choice((0.0, 0.05)), **params))
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(rng.randrange(1000))) * 2
     together, _ = sample(logits.clone(), rows)
