@@ -2,6 +2,7 @@
 #   make serve            a server on 127.0.0.1:8000 with the embedded model (MODEL=, ARGS= to change it)
 #   make test lint check  tests; ruff and mypy; both
 #   make bench            offline throughput (MODEL=, ARGS=)
+#   make demo-model       train the embedded model again (about an hour on two cores)
 # PYTHON=... uses that interpreter as it is instead of .venv; PIP=... replaces its pip;
 # BASE_PYTHON=... is what .venv is made with; TORCH_ARGS=... goes to the torch install, for instance
 # "--index-url https://download.pytorch.org/whl/cpu" to keep 6 GB of CUDA libraries off a machine without a GPU.
@@ -36,8 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 serve: $(STAMP)
 	@exec $(PYTHON) -m tandem serve $(MODEL) $(ARGS)
 
+# Passive: on tiny models, threads that spin while they wait for each other make a busy machine 100 times slower.
 test: $(STAMP)
-	$(PYTHON) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest $(ARGS)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .
@@ -49,7 +51,7 @@ bench: $(STAMP)
 	$(PYTHON) -m tandem bench throughput --model $(MODEL) --dtype bfloat16 $(ARGS)
 
 demo-model: $(STAMP)
-	$(PYTHON) tools/demo_model/train.py $(ARGS)
+	$(PYTHON) -m tools.demo_model.build --out tandem/assets/demo $(ARGS)
 
 clean:
 	rm -rf .venv .ready-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -59,7 +59,7 @@ class Paged:
         self.decoder = decoder
         self.block_size = block_size
         spec = decoder.spec
-        shape = (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        shape = (2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         self.caches = [torch.zeros(shape, dtype=decoder.dtype) for _ in spec.layers]
         self.free = random.Random(0).sample(range(1, num_blocks), num_blocks - 1)
         self.tables: dict[str, list[int]] = {}

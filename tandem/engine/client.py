@@ -273,6 +273,10 @@ def _bound(context: zmq.asyncio.Context, kind: int, address: str) -> zmq.asyncio
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:
-    """OpenMP reads its thread count once, when the library loads."""
+    """What the numerical libraries read once, when they load; what the user has set stays.
+
+    OpenMP threads that wait by spinning steal the cores of whoever they wait for as soon as anything else runs.
+    """
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
     threads = config.model.num_threads
-    return {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    return defaults | os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

@@ -51,8 +51,8 @@ def allocate_kv(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The KV cache as one zeroed tensor [L, 2, N, S, K, D]; zeros, because masked slots are still multiplied by 0."""
-    shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+    """The KV cache as one zeroed tensor [L, 2, N, K, S, D]; zeros, because masked slots are still multiplied by 0."""
+    shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 

@@ -60,17 +60,19 @@ class Decoder:
         ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
         self.frequencies = {rope: rope_frequencies(rope).to(device) for rope in ropes}
         self.windows = {layer.window for layer in spec.layers}
+        # The scale in the model's own precision, as the checkpoints were trained.
+        scale = spec.embedding_scale
+        self.embedding_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=device)
 
     def forward(
         self, tokens_T: Tensor, layout: Layout, caches: Sequence[Tensor], lora: LoraBatch | None = None
     ) -> Tensor:
         """Hidden states after the final norm, [T, D]. Keys and values of all rows are written to `caches`, one per
-        layer, [2, num_blocks, block_size, K, head_dim]. T is at least 4, padding included."""
+        layer, [2, num_blocks, K, block_size, head_dim]. T is at least 4, padding included."""
         step = self._begin(layout, caches[0])
         x_TD = embedding(tokens_T, self.weights.embedding_VD)
-        if self.spec.embedding_scale is not None:
-            # The scale in the model's own precision, as the checkpoints were trained.
-            x_TD = x_TD * torch.tensor(self.spec.embedding_scale, dtype=self.dtype, device=x_TD.device)
+        if self.embedding_scale is not None:
+            x_TD = x_TD * self.embedding_scale
         for index, (layer, weights) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
             x_TD = self._layer(x_TD, layer, weights, caches[index], step, _of_layer(lora, index))
         return self._norm(x_TD, self.weights.final_norm_D)

@@ -102,6 +102,15 @@ def rope_from_config(
     return RopeSpec(**common, scale=scale, factors=tuple(float(f) for f in factors))
 
 
+def scaled_reach(config: Config) -> int:
+    """How far yarn stretches the trained context, where the config states both numbers (Qwen's leave the limit as is);
+    0 otherwise."""
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = parameters.get("rope_type", parameters.get("type"))
+    original, factor = parameters.get("original_max_position_embeddings"), parameters.get("factor")
+    return int(original * factor) if kind == "yarn" and original and factor else 0
+
+
 def _number(parameters: Config, name: str, kind: str) -> float:
     if not isinstance(parameters.get(name), (int, float)):
         raise ModelError(f"config.json: rope_type={kind!r} needs {name}")

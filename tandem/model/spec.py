@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tandem.errors import ModelError
-from tandem.model.rope import Config, RopeSpec, rope_from_config
+from tandem.model.rope import Config, RopeSpec, rope_from_config, scaled_reach
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
@@ -306,8 +306,11 @@ def _context(config: Config, max_model_len: int | None) -> int:
     longest = _positive(config, "max_position_embeddings")
     if max_model_len is None:
         return longest
-    if not 1 <= max_model_len <= longest:
-        raise ModelError(f"max_model_len={max_model_len} must be between 1 and max_position_embeddings={longest}")
+    reach = max(longest, scaled_reach(config))
+    if not 1 <= max_model_len <= reach:
+        raise ModelError(
+            f"max_model_len={max_model_len} must be between 1 and {reach} (max_position_embeddings={longest})"
+        )
     return max_model_len
 
 

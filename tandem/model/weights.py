@@ -186,7 +186,7 @@ class _Reader:
                 raise ModelError(f"{self.path}: tensor {name} is unexpected in a {self.spec.architecture}")
 
     def tensor(self, name: str) -> Tensor:
-        tensor = self._raw(name)
+        tensor = self._owned(name)
         self.nbytes += tensor.nbytes
         return tensor
 
@@ -223,12 +223,16 @@ class _Reader:
             **optional,
         )
 
-    def _raw(self, name: str) -> Tensor:
+    def _mapped(self, name: str) -> Tensor:
+        """The tensor as it lies in the file, converted where it must be."""
+        return self.files[name].get_tensor(name).to(self.device, self.dtype)
+
+    def _owned(self, name: str) -> Tensor:
         # A copy even where nothing changes: a mapped file that is rewritten under us would take the process down.
         return self.files[name].get_tensor(name).to(self.device, self.dtype, copy=True)
 
     def _stacked(self, names: list[str]) -> Tensor:
-        return self._raw(names[0]) if len(names) == 1 else torch.cat([self._raw(name) for name in names])
+        return self._owned(names[0]) if len(names) == 1 else torch.cat([self._mapped(name) for name in names])
 
 
 def _weight_files(path: Path) -> list[Path]:

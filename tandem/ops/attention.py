@@ -90,13 +90,14 @@ class Reads:
 
 def prepare_attention(layout: Layout, cache: Tensor, window: int | None = None) -> Reads:
     """What every layer does whose window is `window` and whose cache has the shape and dtype of `cache`."""
-    _, _, block_size, num_kv_heads, head_dim = cache.shape
+    _, _, num_kv_heads, block_size, head_dim = cache.shape
     heads_K = torch.arange(num_kv_heads, device=cache.device)
     half_blocks_TK = (layout.slots_T // block_size)[:, None] * num_kv_heads + heads_K
     writes_TK = half_blocks_TK * block_size + (layout.slots_T % block_size)[:, None]
     groups = _group_singles(layout, cache, window)
     chunks = tuple(_read_chunk(chunk, cache, window) for chunk in layout.chunks)
-    widest = max((len(read.gather_N) for read in (*groups, *chunks) if read.gather_N is not None), default=0)
+    gathers = [group.gather_N for group in groups] + [chunk.gather_N for chunk in chunks if chunk.gather_N is not None]
+    widest = max(map(len, gathers), default=0)
     return Reads(
         writes_W=writes_TK.flatten(),
         groups=groups,
@@ -121,12 +122,11 @@ def attention(
     """Write keys and values at `slots_T`, then let every row attend to its own sequence: [T, H, D].
 
     Causal; with `window` only the last `window` positions count; with `softcap` scores are softcap * tanh(s / softcap).
-    cache: [2, num_blocks, block_size, K, D], finite everywhere (what is masked is multiplied by zero, not skipped).
-    The inside of a block is this file's own affair: it lies there as [K, block_size, D], so that the positions of one
-    head are neighbours and a gathered context needs no transposing. Whole blocks may be copied and zeroed by anyone.
+    cache: [2, num_blocks, K, block_size, D], finite everywhere (what is masked is multiplied by zero, not skipped); the
+    positions of one head are neighbours, so that a gathered context needs no transposing.
     `reads` is `prepare_attention(layout, cache, window)`, built here when absent.
     """
-    num_kv_heads, head_dim = cache.shape[3:]
+    num_kv_heads, head_dim = cache.shape[2], cache.shape[4]
     if reads is None:
         reads = prepare_attention(layout, cache, window)
     for half_WD, new_TKD in zip(_tokens(cache), (k_TKD, v_TKD)):
@@ -167,8 +167,7 @@ def attention_reference(
     softcap: float | None = None,
 ) -> Tensor:
     """What `attention` means, one row and one head at a time, in float32."""
-    _, num_blocks, block_size, num_kv_heads, head_dim = cache.shape
-    cache = cache.view(2, num_blocks, num_kv_heads, block_size, head_dim)
+    _, _, num_kv_heads, block_size, _ = cache.shape
     for row, slot in enumerate(layout.slots_T.tolist()):
         cache[0, slot // block_size, :, slot % block_size] = k_TKD[row]
         cache[1, slot // block_size, :, slot % block_size] = v_TKD[row]
@@ -202,7 +201,7 @@ def _tokens(cache: Tensor) -> Tensor:
 
 def _gather(cache: Tensor, gather_N: Tensor, num_rows: int, scratch_NE: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of whole blocks, each [B, K, L, D], in `scratch_NE`."""
-    _, _, block_size, num_kv_heads, head_dim = cache.shape
+    _, _, num_kv_heads, block_size, head_dim = cache.shape
     halves_NE = cache.view(-1, block_size * head_dim)
     gathered_NE = torch.index_select(halves_NE, 0, gather_N, out=scratch_NE[: len(gather_N)])
     k, v = gathered_NE.view(2, num_rows, num_kv_heads, -1, head_dim)
@@ -211,7 +210,7 @@ def _gather(cache: Tensor, gather_N: Tensor, num_rows: int, scratch_NE: Tensor) 
 
 def _gather_indices(blocks_BN: Tensor, cache: Tensor) -> Tensor:
     """Rows of the cache, seen as [2 * num_blocks * K, block_size * D], in the order [2, B, K, N]."""
-    _, num_blocks, _, num_kv_heads, _ = cache.shape
+    _, num_blocks, num_kv_heads, _, _ = cache.shape
     heads_K1 = torch.arange(num_kv_heads, device=blocks_BN.device)[:, None]
     keys = (blocks_BN[:, None] * num_kv_heads + heads_K1).flatten()
     return torch.cat((keys, keys + num_blocks * num_kv_heads))
@@ -238,7 +237,7 @@ def _group_singles(layout: Layout, cache: Tensor, window: int | None) -> tuple[S
     The rounded number depends on the row's own context alone: one long row costs the short ones nothing, and a row
     is computed the same way whoever its batch mates are.
     """
-    block_size, device = cache.shape[2], cache.device
+    block_size, device = cache.shape[3], cache.device
     contexts = layout.single_context_B.tolist()
     members: dict[int, list[int]] = {}
     for row, context in enumerate(contexts):
@@ -272,7 +271,7 @@ def _round_up(context: int, block_size: int, window: int | None) -> int:
 
 
 def _read_chunk(chunk: Chunk, cache: Tensor, window: int | None) -> ChunkRead:
-    block_size, device = cache.shape[2], cache.device
+    block_size, device = cache.shape[3], cache.device
     first_query = chunk.context - chunk.length
     whole = first_query == 0
     if whole and (window is None or chunk.context <= window):

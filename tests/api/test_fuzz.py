@@ -91,11 +91,11 @@ def test_any_json_gets_an_answer(fuzzed, path, strategy, examples):
 
 def test_bodies_made_from_the_openapi_description(fuzzed):
     schema = schemathesis.openapi.from_asgi("/openapi.json", fuzzed)
-    operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) > 10
+    operations = [op for result in schema.get_all_operations() if (op := result.ok()).method in ("post", "delete")]
+    assert len(operations) > 6
     for operation in operations:
 
-        @settings(max_examples=8, **QUIET)
+        @settings(max_examples=5, **QUIET)
         @given(operation.as_strategy())
         def run(case):
             response = case.call()

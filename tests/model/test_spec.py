@@ -180,6 +180,14 @@ def test_context_longer_than_the_model_is_refused(length: int) -> None:
         spec_from_config(LLAMA, max_model_len=length)
 
 
+def test_yarn_reaches_as_far_as_it_stretches() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert spec_from_config(LLAMA | {"rope_scaling": yarn}).max_position == 4096
+    assert spec_from_config(LLAMA | {"rope_scaling": yarn}, max_model_len=16384).max_position == 16384
+    with pytest.raises(ModelError, match="16384"):
+        spec_from_config(LLAMA | {"rope_scaling": yarn}, max_model_len=16385)
+
+
 def test_load_spec_reads_the_directory(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         load_spec(tmp_path)

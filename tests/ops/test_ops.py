@@ -38,7 +38,7 @@ def case(mix: str, block_size: int, heads: tuple[int, int], dtype: torch.dtype) 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    cache = random(2, NUM_BLOCKS, block_size, num_kv_heads, head_dim)
+    cache = random(2, NUM_BLOCKS, num_kv_heads, block_size, head_dim)
     q, k, v = (
         random(rows, num_heads, head_dim),
         random(rows, num_kv_heads, head_dim),
@@ -114,13 +114,13 @@ def test_a_window_gathers_only_the_blocks_it_reaches() -> None:
 
 def test_one_long_row_does_not_widen_the_others() -> None:
     layout = layout_of([(4000, 1, list(range(1, 252)))] + [(20, 1, [300, 301])] * 31, 16)
-    reads = prepare_attention(layout, torch.zeros(2, 400, 16, 2, 8))
+    reads = prepare_attention(layout, torch.zeros(2, 400, 2, 16, 8))
     assert sum(len(group.gather_N) for group in reads.groups) <= 2 * 2 * (31 * 2 + 256)
 
 
 def test_what_is_gathered_at_once_is_bounded() -> None:
     layout = layout_of([(4000, 1, list(range(1, 252)))] * 40, 16)
-    cache = torch.zeros(2, 300, 16, 8, 64, dtype=torch.bfloat16)
+    cache = torch.zeros(2, 300, 8, 16, 64, dtype=torch.bfloat16)
     reads = prepare_attention(layout, cache)
     assert reads.scratch_NE.nbytes <= SCRATCH_BYTES
     assert sorted(row for g in reads.groups for row in range(40)[g.rows_B]) == list(range(40))

@@ -8,7 +8,7 @@ from random import Random
 
 from tools.demo_model import names
 from tools.demo_model.relations import OPEN_ATTRIBUTES, WORLD_RELATIONS, Relation, attribute_of, sentence
-from tools.demo_model.skills import random_task
+from tools.demo_model.skills import COPY_REQUESTS, random_task
 from tools.demo_model.smalltalk import INTENTS, REMEMBER_REPLIES, SYSTEM_PROMPTS
 from tools.demo_model.world import Fact, World
 
@@ -16,8 +16,8 @@ Message = dict[str, str]
 Document = list[Message] | str
 Exchange = tuple[str, str]
 
-CHAT_KINDS = {"world": 36, "context": 34, "skills": 13, "smalltalk": 6, "unknown": 3}
-TEXT_SHARE = 0.10
+CHAT_KINDS = {"world": 30, "context": 34, "skills": 24, "smalltalk": 6, "unknown": 4, "drill": 2}
+TEXT_SHARE = 0.07
 OPENERS = (
     "Please: ", "Hi! ", "Hello. ", "Quick question: ", "Excuse me. ", "Hey! ", "One question. ", "Next: ", "So: ",
 )
@@ -134,8 +134,8 @@ def world_exchanges(world: World, rng: Random, count: int) -> list[Exchange]:
 
 def context_chat(world: World, rng: Random) -> list[Message]:
     """Facts are stated in the system prompt, an earlier turn, a tool's answer or the question's turn, then asked."""
-    facts = stated_facts(world, rng, rng.randint(1, 5))
-    asked = rng.sample(facts, min(len(facts), rng.randint(1, 3)))
+    facts = stated_facts(world, rng, rng.randint(1, 4))
+    asked = rng.sample(facts, rng.randint(1, len(facts)))
     said = [say_stated(fact, rng) for fact in rng.sample(facts, len(facts))]
     exchanges = [ask_stated(fact, rng) for fact in asked]
     place = rng.randrange(4)
@@ -153,14 +153,33 @@ def context_chat(world: World, rng: Random) -> list[Message]:
     return as_messages([(f"{' '.join(said)} {question}", answer), *exchanges[1:]])
 
 
+def drill(rng: Random) -> list[Message]:
+    """Long copies and look-ups: almost every token of the answer is somewhere in the question.
+
+    A small model takes long to find out that it can look back at all; these teach it within minutes.
+    """
+    makers = (names.person, names.code, names.number, names.town, names.gibberish, lambda r: r.choice(names.WORDS))
+    kinds = rng.sample(makers, rng.randint(1, 3))
+    mixed = [rng.choice(kinds)(rng) for _ in range(rng.randint(3, 14))]
+    if rng.random() < 0.5:
+        listed = rng.choice([" ", ", "]).join(mixed)
+        return as_messages([(rng.choice(COPY_REQUESTS).format(listed), listed)])
+    pairs = {item: rng.choice(makers)(rng) for item in mixed[:7]}
+    asked = rng.sample(list(pairs), len(pairs))
+    told = rng.choice(["; ", ". ", ", "]).join(f"{item}: {value}" for item, value in pairs.items())
+    return [message("system", told), *as_messages([(f"{item}?", f"{item}: {pairs[item]}") for item in asked])]
+
+
 def chat(world: World, rng: Random) -> list[Message]:
     kind = rng.choices(list(CHAT_KINDS), list(CHAT_KINDS.values()))[0]
     if kind == "context":
         messages = context_chat(world, rng)
     elif kind == "world":
         messages = as_messages(world_exchanges(world, rng, rng.choice((1, 1, 2, 3, 4))))
+    elif kind == "drill":
+        return drill(rng)
     elif kind == "skills":
-        messages = as_messages([random_task(rng) for _ in range(rng.randint(1, 3))])
+        messages = as_messages([random_task(rng) for _ in range(rng.randint(1, 4))])
     elif kind == "smalltalk":
         messages = as_messages([small_talk(rng) for _ in range(rng.randint(1, 4))])
     else:
@@ -201,7 +220,12 @@ def text(world: World, rng: Random) -> str:
     return " ".join(map(sentence, said))
 
 
-def documents(world: World, seed: int) -> Iterator[Document]:
+def documents(world: World, seed: int, drill_share: float = 0.0) -> Iterator[Document]:
+    """Endless; `drill_share` of the documents are drills on top of the few in the usual mixture."""
     rng = Random(seed)
     while True:
-        yield text(world, rng) if rng.random() < TEXT_SHARE else chat(world, rng)
+        draw = rng.random()
+        if draw < drill_share:
+            yield drill(rng)
+        else:
+            yield text(world, rng) if rng.random() < TEXT_SHARE else chat(world, rng)

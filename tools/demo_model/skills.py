@@ -17,6 +17,12 @@ def words(rng: Random, low: int, high: int) -> list[str]:
     return rng.sample(names.WORDS, rng.randint(low, high))
 
 
+COPY_REQUESTS = (
+    "Repeat: {}", "Copy this: {}", "Say: {}", "Please repeat: {}", "Repeat after me: {}", "Echo: {}", "Write down: {}",
+    "Please copy these words exactly: {}", "Say this again: {}", "Repeat this: {}",
+)
+
+
 def copying(rng: Random) -> Task:
     """Copies words, numbers, names or codes."""
     shape = rng.randrange(5)
@@ -30,9 +36,7 @@ def copying(rng: Random) -> Task:
         text = " ".join(rng.choice(names.WORDS) for _ in range(rng.randint(1, 8)))
     else:
         text = ", ".join(words(rng, 2, 6))
-    ask = rng.choice(["Repeat: {}", "Copy this: {}", "Say: {}", "Please repeat: {}", "Repeat after me: {}", "Echo: {}",
-                      "Write down: {}", "Please copy these words exactly: {}", "Say this again: {}", "Repeat this: {}"])
-    return ask.format(text), text
+    return rng.choice(COPY_REQUESTS).format(text), text
 
 
 def repeating(rng: Random) -> Task:
@@ -128,12 +132,12 @@ SKILLS: dict[str, tuple[Callable[[Random], Task], float]] = {
     "sorting numbers": (sorting_numbers, 2.5),
     "sorting words": (sorting_words, 2.0),
     "counting items": (counting_items, 1.5),
-    "counting up": (counting_up, 1.2),
+    "counting up": (counting_up, 1.5),
     "picking": (picking, 2.0),
     "comparing": (comparing, 1.5),
-    "addition small": (addition_small, 1.2),
-    "subtraction small": (subtraction_small, 1.2),
-    "addition two digits": (addition_two_digits, 1.2),
+    "addition small": (addition_small, 1.5),
+    "subtraction small": (subtraction_small, 1.5),
+    "addition two digits": (addition_two_digits, 1.5),
 }
 
 

@@ -1,7 +1,8 @@
 """Trains the model on the CPU: rows of packed documents, bfloat16 matrix products, float32 weights and AdamW.
 
-A row holds whole documents one after the other with no mask between them: earlier documents look like earlier turns,
-which teaches the model to ignore what has nothing to do with the question. The loss covers the assistant's words and
+A row holds whole documents one after the other. In most rows a document sees only itself; in the open rows it sees all
+before it, which look like earlier turns and teach the model to ignore what has nothing to do with the question, and to
+look far back. The loss covers the assistant's words and
 all plain text; questions are random mixtures of phrasings, which nothing can predict and nobody wants predicted.
 """
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tools.demo_model.corpus import documents
+from tools.demo_model.corpus import Document, documents
 from tools.demo_model.tokens import EOS, SPECIAL, Encoder
 from tools.demo_model.world import World
 
@@ -31,17 +32,21 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 @dataclass(frozen=True)
 class Recipe:
-    """`stages` are (row length, share of the tokens): short rows are faster, the last ones teach longer distances."""
+    """`stages` are (row length, share of the tokens, share of drills).
 
-    tokens: int = 24_000_000
+    Drills first, so that copying is there when the rest is learnt; short rows are faster, long ones come last.
+    """
+
+    tokens: int = 12_000_000
     tokens_per_step: int = 4096
-    stages: tuple[tuple[int, float], ...] = ((256, 0.8), (512, 0.2))
+    stages: tuple[tuple[int, float, float], ...] = ((256, 0.10, 0.8), (256, 0.72, 0.0), (512, 0.18, 0.0))
     peak_lr: float = 2.5e-3
     warmup: float = 0.02
     decay: float = 0.35
     weight_decay: float = 0.05
     seed: int = 1
-    target_share: float = 0.42
+    target_share: float = 0.45
+    open_rows: float = 0.25
     log_every: int = 50
     save_every: int = 300
 
@@ -81,39 +86,47 @@ def build_model(vocab_size: int, ids: dict[str, int]) -> LlamaForCausalLM:
     return model
 
 
-def packed_rows(world: World, encoder: Encoder, length: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of `length + 1` tokens with their masks; a document that does not fit waits for the next row."""
-    stream = documents(world, seed)
-    row, mask = [], []
+def packed_rows(stream: Iterator[Document], encoder: Encoder, length: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Rows of `length + 1` tokens: ids, loss mask, number of the document; what does not fit waits for the next row."""
+    row: list[tuple[np.ndarray, ...]] = []
     room = length + 1
     while True:
         for ids, learn in encoder.encode_batch(list(islice(stream, 512))):
             if len(ids) > length + 1:
                 continue
             if len(ids) > room:
-                yield filled(row, length + 1, 0), filled(mask, length + 1, False)
-                row, mask, room = [], [], length + 1
-            row.append(ids)
-            mask.append(learn)
+                yield tuple(filled(parts, length + 1) for parts in zip(*row, strict=True))
+                row, room = [], length + 1
+            row.append((ids, learn, np.full(len(ids), len(row))))
             room -= len(ids)
 
 
-def filled(parts: list[np.ndarray], size: int, value: int | bool) -> np.ndarray:
+def filled(parts: tuple[np.ndarray, ...], size: int) -> np.ndarray:
     joined = np.concatenate(parts)
-    return np.pad(joined, (0, size - len(joined)), constant_values=value)
+    return np.pad(joined, (0, size - len(joined)))
 
 
-def batches(world: World, encoder: Encoder, recipe: Recipe, length: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
-    """(inputs, positions, targets); positions index the flattened inputs, padded with target -100 to a fixed number."""
+def attention_bias(document_BT: Tensor, open_B: Tensor) -> Tensor:
+    """(B, 1, T, T), 0 where a token may look and very negative where not: earlier tokens of its document, or, in an
+    open row, of all documents."""
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    seen_BTT = (same_BTT | open_B[:, None, None]).tril()
+    return torch.where(seen_BTT, 0.0, -1e4).to(torch.bfloat16)[:, None]
+
+
+def batches(stream: Iterator[Document], encoder: Encoder, recipe: Recipe, length: int) -> Iterator[tuple[Tensor, ...]]:
+    """(inputs, bias, positions, targets); positions index the flattened inputs, padded to a fixed number with -100."""
     num_rows = recipe.tokens_per_step // length
     capacity = int(recipe.tokens_per_step * recipe.target_share)
-    rows = packed_rows(world, encoder, length, seed)
+    rows = packed_rows(stream, encoder, length)
+    open_B = torch.arange(num_rows) < num_rows * recipe.open_rows
     while True:
-        ids, masks = (torch.from_numpy(np.stack(x)) for x in zip(*islice(rows, num_rows), strict=True))
+        ids, masks, numbers = (torch.from_numpy(np.stack(x)) for x in zip(*islice(rows, num_rows), strict=True))
         positions = masks[:, 1:].flatten().nonzero().squeeze(1)[:capacity]
         targets = ids[:, 1:].flatten()[positions]
         missing = capacity - len(positions)
-        yield ids[:, :-1].contiguous(), F.pad(positions, (0, missing)), F.pad(targets, (0, missing), value=-100)
+        bias = attention_bias(numbers[:, :-1], open_B)
+        yield ids[:, :-1].contiguous(), bias, F.pad(positions, (0, missing)), F.pad(targets, (0, missing), value=-100)
 
 
 def learning_rate(progress: float, recipe: Recipe) -> float:
@@ -131,9 +144,9 @@ def optimizer_for(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimi
 
 
 def loss_function(model: LlamaForCausalLM):  # noqa: ANN201 - the compiled callable has no useful type
-    def loss(inputs: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    def loss(inputs: Tensor, bias: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+            hidden = model.model(input_ids=inputs, attention_mask=bias, use_cache=False).last_hidden_state
             logits = F.linear(hidden.flatten(0, 1)[positions], model.lm_head.weight)
         return F.cross_entropy(logits.float(), targets, ignore_index=-100)
 
@@ -153,9 +166,10 @@ def train(
     loss_of = loss_function(model)
     num_steps = recipe.tokens // recipe.tokens_per_step
     history, recent, step, began = [], [], 0, time.time()
-    for stage, (length, share) in enumerate(recipe.stages):
+    for stage, (length, share, drills) in enumerate(recipe.stages):
         last = num_steps if stage == len(recipe.stages) - 1 else step + round(share * num_steps)
-        stream = batches(world, encoder, recipe, length, recipe.seed * 1000 + stage)
+        source = documents(world, recipe.seed * 1000 + stage, drills)
+        stream = batches(source, encoder, recipe, length)
         while step < last:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step / num_steps, recipe)
