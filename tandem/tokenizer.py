@@ -40,8 +40,9 @@ class Tokenizer:
             self.style = "window"
 
     @classmethod
-    def load(cls, path: str, chat_template: str | None = None) -> Tokenizer:
-        """The tokenizer of a directory or hub id. `chat_template`: a file, or the template itself, instead of its own.
+    def load(cls, path: str, chat_template: str | None = None, revision: str | None = None) -> Tokenizer:
+        """The tokenizer of a directory or hub id (`revision`: of the hub's). `chat_template`: a file, or the template itself,
+        instead of its own.
 
         Raises ModelError where there is no usable tokenizer, ConfigError where the template file does not exist.
         """
@@ -54,7 +55,7 @@ class Tokenizer:
         is_plain = (where / "tokenizer.json").exists()
         loader: Any = transformers.PreTrainedTokenizerFast if is_plain else transformers.AutoTokenizer
         try:
-            hf = loader.from_pretrained(path)
+            hf = loader.from_pretrained(path, revision=revision)
         except Exception as e:  # transformers raises whatever its files made it stumble over
             reason = str(e).strip().split("\n")[0]
             raise ModelError(f"cannot load the tokenizer of {path} ({reason}): give --tokenizer DIR_OR_HUB_ID") from e

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -78,6 +79,10 @@ def run(namespace: argparse.Namespace) -> int:
     workloads = workload.parse_offline(wanted.workloads)
     # The same random prompts come again with --repeat; finding them in the cache is not what is measured.
     config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, enable_prefix_caching=False))
+    from tandem.engine import client
+
+    # What the engine's own process would be started with; here it has to be set before torch loads.
+    os.environ.update(client.environment(config))
     from tandem.engine.engine import Engine
 
     engine = Engine(config)

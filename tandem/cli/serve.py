@@ -174,7 +174,9 @@ def _load_tokenizer(engine_config: EngineConfig, config: ServerConfig) -> Tokeni
 
     model = engine_config.model
     name = model.tokenizer or model.model
-    return Tokenizer.load(str(DEMO_MODEL) if name == "demo" else name, chat_template=config.chat_template)
+    path = str(DEMO_MODEL) if name == "demo" else name
+    revision = model.revision if name == model.model else None
+    return Tokenizer.load(path, chat_template=config.chat_template, revision=revision)
 
 
 async def _open(

@@ -99,7 +99,7 @@ class EngineClient:
         addresses = [f"ipc://{folder}/{name}" for name in ("to-engine", "from-engine")]
         outbox, inbox = _bound(context, zmq.PUSH, addresses[0]), _bound(context, zmq.PULL, addresses[1])
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tandem.engine.process", *addresses, env=_environment(config)
+            sys.executable, "-m", "tandem.engine.process", *addresses, env=environment(config)
         )
         client = cls(config, folder, inbox, outbox, process)
         # Waits for the process to connect, unless that dies first.
@@ -186,10 +186,7 @@ class EngineClient:
             return
         self._closing = True
         if self.process.returncode is None:
-            try:
-                self._send(messages.Shutdown())
-                await asyncio.wait_for(self.process.wait(), STOP_GRACE_S)
-            except (EngineDead, TimeoutError):
+            if not await self._stopped_by_itself():
                 self.process.kill()
                 await self.process.wait()
         await self._watcher
@@ -198,6 +195,16 @@ class EngineClient:
         self._inbox.close(linger=0)
         self._outbox.close(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _stopped_by_itself(self) -> bool:
+        if self._reader is None:  # still loading, when it listens to nobody
+            return False
+        try:
+            self._send(messages.Shutdown())
+            await asyncio.wait_for(self.process.wait(), STOP_GRACE_S)
+        except (EngineDead, TimeoutError):
+            return False
+        return True
 
     # ------------------------------------------------------------ the border
 
@@ -272,7 +279,7 @@ def _bound(context: zmq.asyncio.Context, kind: int, address: str) -> zmq.asyncio
     return socket
 
 
-def _environment(config: EngineConfig) -> dict[str, str]:
+def environment(config: EngineConfig) -> dict[str, str]:
     """What the numerical libraries read once, when they load; what the user has set stays.
 
     OpenMP threads that wait by spinning steal the cores of whoever they wait for as soon as anything else runs.

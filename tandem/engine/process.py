@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
@@ -31,7 +33,8 @@ def main(inbox_address: str, outbox_address: str) -> int:
     """Serve one HTTP process until it says Shutdown or dies. Returns the exit code."""
     # Ctrl-C reaches the whole process group; the HTTP process decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    folder = Path(inbox_address.removeprefix("ipc://")).parent
+    threading.Thread(target=_die_with_parent, args=(os.getppid(), folder), daemon=True).start()
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     inbox.connect(inbox_address)
@@ -53,9 +56,11 @@ def main(inbox_address: str, outbox_address: str) -> int:
         context.destroy(linger=1000)
 
 
-def _die_with_parent(parent: int) -> None:
+def _die_with_parent(parent: int, folder: Path) -> None:
+    """End the process, and remove the sockets' folder, which the parent can no longer do."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(EXIT_CRASH)
 
 
