@@ -51,7 +51,7 @@ class ModelConfig:
     num_threads: int | None = option(
         None, "CPU threads of the engine (default: all cores)", low=1, env="OMP_NUM_THREADS"
     )
-    seed: int = option(0, "seeds requests that bring none of their own")
+    seed: int = option(0, "seeds the random numbers of requests that bring no seed")
 
 
 @dataclass(frozen=True)

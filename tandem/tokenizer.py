@@ -41,7 +41,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str, chat_template: str | None = None, revision: str | None = None) -> Tokenizer:
-        """The tokenizer of a directory or hub id (`revision`: of the hub's). `chat_template`: a file, or the template itself,
+        """The tokenizer of a directory or hub id (at `revision`). `chat_template`: a file, or the template itself,
         instead of its own.
 
         Raises ModelError where there is no usable tokenizer, ConfigError where the template file does not exist.

@@ -9,10 +9,11 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from tandem import __version__
-from tandem.api.openai import INLINE_CHARS
+from tandem.api.openai import timely
 from tandem.api.schemas import (
     DetokenizeRequest,
     LoadAdapterRequest,
@@ -64,7 +65,8 @@ def _add_models(routes: APIRouter, serving: Serving) -> None:
         """Unload an adapter; requests that use it finish with it."""
         if serving.resolve(model) is None:
             raise InvalidRequest("the base model cannot be deleted, only adapters", "model")
-        await serving.engine.unload_adapter(model)
+        async with serving.adapter_lock(model):
+            await serving.engine.unload_adapter(model)
         return _json({"id": model, "object": "model", "deleted": True})
 
 
@@ -97,20 +99,23 @@ def _add_adapters(routes: APIRouter, serving: Serving) -> None:
         name = body.lora_name
         if name in serving.model_names or name == serving.report.model:
             raise Conflict(f"'{name}' is the base model's name: choose another", "lora_name")
-        if name in serving.engine.adapters and not body.load_inplace:
-            raise Conflict(
-                f"the adapter '{name}' is loaded already: unload it first, or send load_inplace=true", "lora_name"
-            )
-        await serving.engine.load_adapter(name, str(_allowed_path(body.lora_path, serving.lora_root)))
+        async with serving.adapter_lock(name):
+            if name in serving.engine.adapters and not body.load_inplace:
+                raise Conflict(
+                    f"the adapter '{name}' is loaded already: unload it first, or send load_inplace=true", "lora_name"
+                )
+            await serving.engine.load_adapter(name, str(_allowed_path(body.lora_path, serving.lora_root)))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @routes.post("/v1/unload_lora_adapter", response_model=None, tags=["Adapters"])
     async def unload_lora_adapter(body: UnloadAdapterRequest) -> Response:
         """Unpublish an adapter; requests that use it finish with it."""
-        if body.lora_name not in serving.engine.adapters:
-            raise NotFound(f"There is no adapter '{body.lora_name}'. GET /v1/models lists those loaded.", "lora_name")
-        await serving.engine.unload_adapter(body.lora_name)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+        name = body.lora_name
+        async with serving.adapter_lock(name):
+            if name not in serving.engine.adapters:
+                raise NotFound(f"There is no adapter '{name}'. GET /v1/models lists those loaded.", "lora_name")
+            await serving.engine.unload_adapter(name)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 def _allowed_path(path: str, root: Path | None) -> Path:
@@ -136,7 +141,7 @@ def _add_tokenizing(routes: APIRouter, serving: Serving) -> None:
     tokenizer = serving.tokenizer
 
     @routes.post("/tokenize", response_model=None, tags=["Tokenizer"])
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(http: HttpRequest, body: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation as the chat template renders it."""
         serving.resolve(body.model)
         if (body.prompt is None) == (body.messages is None):
@@ -154,7 +159,8 @@ def _add_tokenizing(routes: APIRouter, serving: Serving) -> None:
             )  # fmt: skip
 
         size = len(body.prompt or "") + sum(len(message["content"]) for message in messages)
-        ids = encode() if size < INLINE_CHARS else await asyncio.to_thread(encode)
+        serving.check_size(size, False, "messages" if body.prompt is None else "prompt")
+        ids = await timely(http, encode)
         strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
         return _json({
             "count": len(ids), "max_model_len": serving.report.max_model_len, "tokens": ids, "token_strs": strings

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -21,9 +22,10 @@ from tandem.api.stream import Answer, Reply, TextOptions
 from tandem.errors import ContextTooLong, InvalidRequest
 from tandem.work import Request, SamplingParams
 
+T = TypeVar("T")
 FINGERPRINT = f"tandem-{__version__}"
-# Longer texts are encoded in a thread, so that one request cannot stop the others' streams.
-INLINE_CHARS = 4096
+# The texts of longer bodies are rendered and encoded in a thread, so that one request cannot stop the others' streams.
+INLINE_BYTES = 8192
 
 
 def router(serving: Serving) -> APIRouter:
@@ -34,6 +36,7 @@ def router(serving: Serving) -> APIRouter:
         """Answer a conversation."""
         adapter = serving.resolve(body.model)
         body.check_fields(serving.ignored_fields)
+        serving.check_choices(1, body.n)
         template = serving.template_of(body.chat_template)
         messages = body.plain_messages()
         tools = body.tools if body.tools and body.tool_choice != "none" else None
@@ -46,7 +49,7 @@ def router(serving: Serving) -> APIRouter:
             )  # fmt: skip
 
         serving.check_size(size, body.truncate_prompt_tokens is not None, "messages")
-        prompt = body.truncated(render() if size < INLINE_CHARS else await asyncio.to_thread(render), serving.report)
+        prompt = body.truncated(await timely(http, render), serving.report)
         check_prompt(prompt, serving, "messages")
         params = body.to_work(len(prompt), serving.report)
         return await _reply(serving, http, body, "chat", adapter, [(None, prompt, params)])
@@ -58,10 +61,10 @@ def router(serving: Serving) -> APIRouter:
         body.check_fields(serving.ignored_fields)
         work = []
         prompts = body.prompts()
-        inline = sum(map(len, prompts)) < INLINE_CHARS
+        serving.check_choices(len(prompts), body.n)
         for given in prompts:
             text = given if isinstance(given, str) else None
-            prompt = body.truncated(await _encode(serving, body, given, inline), serving.report)
+            prompt = body.truncated(await _encode(serving, http, body, given), serving.report)
             check_prompt(prompt, serving, "prompt")
             work.append((text, prompt, body.to_work(len(prompt), serving.report)))
         return await _reply(serving, http, body, "text", adapter, work)
@@ -69,14 +72,18 @@ def router(serving: Serving) -> APIRouter:
     return routes
 
 
-async def _encode(serving: Serving, body: CompletionRequest, prompt: str | list[int], inline: bool) -> list[int]:
+async def timely(http: HttpRequest, work: Callable[[], T]) -> T:
+    """`work()`, in a thread if the body is so long that it may take a while: text hides in tools and arguments too."""
+    is_short = len(await http.body()) < INLINE_BYTES
+    return work() if is_short else await asyncio.to_thread(work)
+
+
+async def _encode(serving: Serving, http: HttpRequest, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
     if not isinstance(prompt, str):
         return prompt
     special = body.add_special_tokens is not False
     serving.check_size(len(prompt), body.truncate_prompt_tokens is not None, "prompt")
-    if inline:
-        return serving.tokenizer.encode(prompt, special)
-    return await asyncio.to_thread(serving.tokenizer.encode, prompt, special)
+    return await timely(http, lambda: serving.tokenizer.encode(prompt, special))
 
 
 def check_prompt(ids: list[int], serving: Serving, param: str) -> None:

@@ -25,6 +25,7 @@ MAX_BIASES = 4096
 # Prompts of one request times n.
 MAX_ANSWERS = 4096
 INT32_MAX = 2**31 - 1
+GREEDY_BELOW = 1e-5
 
 # Fields we cannot honour: the values that change nothing, and what to say of any other.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -126,7 +127,7 @@ class Generation(Wire):
 
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] = 0
     ignore_eos: bool = False
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] = []
@@ -179,7 +180,8 @@ class Generation(Wire):
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
-            temperature=self.temperature,
+            # Logits divided by less would overflow; the draw is the best token by far already.
+            temperature=self.temperature if self.temperature >= GREEDY_BELOW else 0.0,
             top_k=max(self.top_k, 0),
             # OpenAI allows 0 and means the single best token; the sampler keeps at least that.
             top_p=max(self.top_p, 1e-9),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.message
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import orjson
 from fastapi.routing import APIRoute
@@ -26,7 +28,7 @@ from tandem.work import EngineReport
 @dataclass(frozen=True)
 class Serving:
     """One per app. `lora_root`: the directory outside of which no adapter is read (None: anywhere).
-    `ignored_fields`: the unknown request fields that were logged already."""
+    `ignored_fields`: the unknown request fields that were logged already. `adapter_locks`: those held or waited for."""
 
     engine: EngineClient
     tokenizer: Tokenizer
@@ -34,6 +36,7 @@ class Serving:
     lora_root: Path | None = None
     telemetry: Telemetry = field(default_factory=Telemetry)
     ignored_fields: set[str] = field(default_factory=set)
+    adapter_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -57,6 +60,10 @@ class Serving:
             return model
         raise NotFound(f"The model `{model[:256]}` does not exist. GET /v1/models lists those that do.", "model")
 
+    def adapter_lock(self, name: str) -> asyncio.Lock:
+        """Held while `name` is loaded or unloaded: what was checked of it stays true until the engine has answered."""
+        return self.adapter_locks.setdefault(name, asyncio.Lock())
+
     def template_of(self, chat_template: str | None) -> str | None:
         """The request's own chat template, where the server lets requests bring one."""
         if chat_template is not None and not self.config.trust_request_chat_template:
@@ -65,6 +72,16 @@ class Serving:
                 "chat_template",
             )
         return chat_template
+
+    def check_choices(self, num_prompts: int, n: int) -> None:
+        """Refuse a request that could not even run alone on an idle engine."""
+        queue, seats = self.engine.max_num_queued_reqs, self.report.max_num_seqs
+        if num_prompts * n > queue + seats:
+            raise InvalidRequest(
+                f"{num_prompts} prompts x n={n} are more than the {queue + seats} choices this server takes at once "
+                f"(--max-num-seqs {seats}, --max-num-queued-reqs {queue}): split the request",
+                "n" if num_prompts == 1 else "prompt",
+            )
 
     def check_size(self, num_chars: int, is_truncated: bool, param: str) -> None:
         """Refuse, before spending time on encoding it, a text that can only be too long."""

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -80,11 +81,12 @@ class EngineClient:
         self._inbox = inbox
         self._outbox = outbox
         self._streams: dict[str, Stream] = {}
-        self._calls: dict[int, asyncio.Future[None]] = {}
+        self._calls: dict[int, asyncio.Future[Adapter | None]] = {}
         self._call_ids = itertools.count(1)
         self._died = asyncio.Event()
         self._closing = False
         self._unseen = 0
+        self._starting: asyncio.Future[Any] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._watcher = asyncio.create_task(self._watch())
 
@@ -102,15 +104,15 @@ class EngineClient:
             sys.executable, "-m", "tandem.engine.process", *addresses, env=environment(config)
         )
         client = cls(config, folder, inbox, outbox, process)
-        # Waits for the process to connect, unless that dies first.
-        started = asyncio.ensure_future(outbox.send(messages.encode(messages.Start(config))))
         try:
+            # Waits for the process to connect, unless that dies first.
+            client._starting = asyncio.ensure_future(outbox.send(messages.encode(messages.Start(config))))
             await client._until_ready(on_progress)
         except BaseException:
-            started.cancel()
             await client.close()
             raise
         client._reader = asyncio.create_task(client._read())
+        client._reader.add_done_callback(client._on_reader_done)
         return client
 
     async def _until_ready(self, on_progress: Callable[[int, int], None] | None) -> None:
@@ -138,13 +140,18 @@ class EngineClient:
 
     # ------------------------------------------------------------ what callers use
 
+    @property
+    def max_num_queued_reqs(self) -> int:
+        return self._config.scheduler.max_num_queued_reqs
+
     def submit(self, request: Request) -> Stream:
         """Hand a request to the engine. Raises Overloaded or EngineDead at once; never waits."""
         if self.dead is not None:
             raise EngineDead(self.dead)
         limits = self._config.scheduler
         waiting = self.stats.num_waiting + self._unseen
-        if waiting + request.sampling.n > limits.max_num_queued_reqs:
+        free_seats = max(0, self.report.max_num_seqs - self.stats.num_running)
+        if waiting + request.sampling.n > limits.max_num_queued_reqs + free_seats:
             raise Overloaded(f"{waiting} requests wait already (limit {limits.max_num_queued_reqs}): try again later")
         if self.stats.predicted_wait_s > limits.max_wait_s:
             wait_s = self.stats.predicted_wait_s
@@ -168,8 +175,9 @@ class EngineClient:
 
     async def load_adapter(self, name: str, path: str) -> Adapter:
         """Publish a PEFT directory under `name`. Raises ModelError, InvalidRequest, Conflict, EngineDead."""
-        await self._call(lambda call_id: messages.LoadAdapter(call_id, name, str(path)))
-        return self.adapters[name]
+        adapter = await self._call(lambda call_id: messages.LoadAdapter(call_id, name, str(path)))
+        assert adapter is not None
+        return adapter
 
     async def unload_adapter(self, name: str) -> None:
         """Unpublish `name`; requests that use it finish with it. Raises NotFound, EngineDead."""
@@ -190,8 +198,9 @@ class EngineClient:
                 self.process.kill()
                 await self.process.wait()
         await self._watcher
-        if self._reader is not None:
-            self._reader.cancel()
+        for task in (self._starting, self._reader):
+            if task is not None:
+                task.cancel()
         self._inbox.close(linger=0)
         self._outbox.close(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -215,14 +224,14 @@ class EngineClient:
         except zmq.Again:
             raise EngineDead(self.dead or "the engine process is gone") from None
 
-    async def _call(self, build: Callable[[int], messages.ToEngine]) -> None:
+    async def _call(self, build: Callable[[int], messages.ToEngine]) -> Adapter | None:
         if self.dead is not None:
             raise EngineDead(self.dead)
         call_id = next(self._call_ids)
         future = self._calls[call_id] = asyncio.get_running_loop().create_future()
         self._send(build(call_id))
         try:
-            await future
+            return await future
         finally:
             del self._calls[call_id]
 
@@ -237,13 +246,14 @@ class EngineClient:
                 self._unseen = 0
                 self._deliver(events)
             case messages.Refused(request_id=request_id, error=error):
+                self._unseen = 0
                 if stream := self._streams.pop(request_id, None):
                     stream.put(error.restore())
-            case messages.Replied(call_id=call_id, adapters=adapters, error=error):
+            case messages.Replied(call_id=call_id, adapters=adapters, error=error, adapter=adapter):
                 self.adapters = {adapter.name: adapter for adapter in adapters}
                 if (future := self._calls.get(call_id)) and not future.done():
                     if error is None:
-                        future.set_result(None)
+                        future.set_result(adapter)
                     else:
                         future.set_exception(error.restore())
             case messages.Failed(error=error):
@@ -256,6 +266,11 @@ class EngineClient:
         for request_id, news in grouped.items():
             if stream := self._streams.get(request_id):
                 stream.put(news)
+
+    def _on_reader_done(self, reader: asyncio.Task[None]) -> None:
+        """Without its reader the client would leave every stream hanging."""
+        if not reader.cancelled() and (error := reader.exception()) is not None:
+            self._die(f"the engine sent something unreadable: {type(error).__name__}: {error}")
 
     async def _watch(self) -> None:
         code = await self.process.wait()

@@ -6,7 +6,7 @@ No text, no HTTP, no processes: those are `tokenizer`, `api` and `engine/client`
 
 from __future__ import annotations
 
-import secrets
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +30,7 @@ from tandem.work import Adapter, EngineReport, EngineStats, Request, SamplingPar
 PLAN_LOG_STEPS = 4096
 # Steps over which the rate of finished sequences is taken.
 RECENT_STEPS = 256
+ENOUGH_FINISHED = 8
 
 
 class Engine:
@@ -53,6 +54,7 @@ class Engine:
         )
         self.stats = EngineStats(blocks_total=self.blocks.num_total)
         self.plan_log: deque[tuple[StepPlan, float]] = deque(maxlen=PLAN_LOG_STEPS)
+        self._seeds = random.Random(config.model.seed)  # of requests that bring none
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
         self._arrived: dict[int, float] = {}  # monotonic seconds, of rows never admitted
         self._queued: dict[tuple[str, int], float] = {}  # seconds in the queue, of rows without an event yet
@@ -79,7 +81,7 @@ class Engine:
         self._check(request)
         version = self.adapters.resolve(request.adapter)
         seed = request.sampling.seed
-        rows = self.state.add(request, version, secrets.randbits(63) if seed is None else seed)
+        rows = self.state.add(request, version, self._seeds.getrandbits(63) if seed is None else seed)
         for row in rows:
             self.adapters.pin(version)
             self._arrived[row.row_id] = time.monotonic()
@@ -104,7 +106,8 @@ class Engine:
         if self.state.has_request(request.request_id):
             raise InvalidRequest(f"request id {request.request_id} is in use: choose another", "request_id")
         limit = self.config.scheduler.max_num_queued_reqs
-        if self.state.num_waiting + sampling.n > limit:
+        free_seats = max(0, self.limits.max_num_seqs - self.state.num_running)
+        if self.state.num_waiting + sampling.n > limit + free_seats:
             raise Overloaded(f"{self.state.num_waiting} requests wait already (limit {limit}): try again later")
         wait_s = self._predicted_wait()
         if wait_s > self.config.scheduler.max_wait_s:
@@ -165,7 +168,9 @@ class Engine:
             draw = Draw(
                 row.request.sampling, row.seed, row.index, row.tokens, row.num_prompt, self.worker.spec.eos_token_ids
             )
-            inputs[segment.row] = RowInput(row.tokens, self.blocks.table(segment.row), row.version, draw)
+            inputs[segment.row] = RowInput(
+                row.tokens, self.blocks.table(segment.row), row.version, draw, row.wants_prompt_logprobs
+            )
         return inputs
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
@@ -179,7 +184,13 @@ class Engine:
             self.limits = replace(self.limits, cost=self.limits.cost.corrected(plan.predicted_s, result.seconds))
         self.plan_log.append((plan, result.seconds))
         self._recent.append((result.seconds, len(finished)))
-        self._count(plan, result, events)
+        # What a preempted row computes again is no news.
+        num_prompt_tokens = sum(
+            max(0, min(segment.stop, row.num_prompt) - segment.start)
+            for row, segment in zip(rows, plan.segments, strict=True)
+            if not row.preempted
+        )
+        self._count(plan, result, events, num_prompt_tokens)
         return events
 
     def _with_queue_time(
@@ -207,14 +218,16 @@ class Engine:
 
     # ------------------------------------------------------------ figures
 
-    def _count(self, plan: StepPlan, result: StepResult, events: Sequence[TokenEvent]) -> None:
+    def _count(
+        self, plan: StepPlan, result: StepResult, events: Sequence[TokenEvent], num_prompt_tokens: int
+    ) -> None:
         stats = self.stats
         stats.steps += 1
         stats.step_tokens += plan.num_tokens
         stats.step_s += result.seconds
         stats.preemptions += len(plan.preempt)
         stats.generation_tokens += sum(event.token_id is not None for event in events)
-        stats.prompt_tokens += sum(s.length for s in plan.segments if s.length > 1 or not s.samples)
+        stats.prompt_tokens += num_prompt_tokens
         stats.prefix_queries, stats.prefix_hits = self.blocks.num_queried, self.blocks.num_hit
         self.refresh_stats()
 
@@ -224,21 +237,33 @@ class Engine:
         stats.num_running, stats.num_waiting = self.state.num_running, self.state.num_waiting
         stats.blocks_used = self.blocks.num_used
         stats.predicted_wait_s = self._predicted_wait()
-        names = {adapter.version: adapter.name for adapter in self.published()}
-        stats.running_adapters = sorted({names[r.version] for r in self.state.running if r.version in names})
-        stats.waiting_adapters = sorted({names[r.version] for r in self.state.waiting if r.version in names})
+        stats.running_adapters = self._adapter_names(self.state.running)
+        stats.waiting_adapters = self._adapter_names(self.state.waiting)
         return stats
+
+    def _adapter_names(self, rows: Sequence[Row]) -> list[str]:
+        return sorted({self.adapters.adapter(row.version).name for row in rows if row.version})
 
     def _predicted_wait(self) -> float:
         full = self.limits.max_num_batched_tokens
-        seconds = sum(s for s, _ in self._recent)
         return budget.predicted_wait(
             self.state.queued_tokens,
             tokens_per_s=full / self.limits.cost.seconds(Load(tokens=full)),
             queued_rows=self.state.num_waiting,
             free_seats=self.limits.max_num_seqs - self.state.num_running,
-            rows_per_s=sum(finished for _, finished in self._recent) / seconds if seconds else 0.0,
+            rows_per_s=self._finish_rate(),
         )
+
+    def _finish_rate(self) -> float:
+        """Sequences finished per second: counted where enough did lately, else as if each ran to its max_tokens."""
+        seconds, finished = sum(s for s, _ in self._recent), sum(num for _, num in self._recent)
+        if not seconds or not self.state.num_running:
+            return 0.0
+        if finished >= ENOUGH_FINISHED:
+            return finished / seconds
+        left = sum(row.request.sampling.max_tokens - row.num_generated for row in self.state.running)
+        mean_left_s = left / self.state.num_running * seconds / len(self._recent)
+        return self.state.num_running / mean_left_s if mean_left_s > 0 else 0.0
 
     def check(self) -> None:
         """The idle integrity check: every block and pin accounted for. Raises AssertionError."""

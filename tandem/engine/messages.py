@@ -91,11 +91,12 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Replied(msgspec.Struct, frozen=True, tag=True):
-    """The answer to LoadAdapter or UnloadAdapter: the published adapters now, or an error."""
+    """The answer to LoadAdapter (with the new version) or UnloadAdapter: the published adapters now, or an error."""
 
     call_id: int
     adapters: list[Adapter]
     error: Error | None = None
+    adapter: Adapter | None = None
 
 
 ToEngine = Start | Submit | Cancel | LoadAdapter | UnloadAdapter | Shutdown

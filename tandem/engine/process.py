@@ -18,21 +18,25 @@ from typing import TYPE_CHECKING
 import zmq
 
 from tandem.engine import messages
-from tandem.errors import ConfigError, TandemError
+from tandem.errors import BudgetError, ConfigError, ModelError, TandemError
+from tandem.work import Adapter
 
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine
+    from tandem.model.adapter import AdapterWeights
 
-IDLE_POLL_MS = 200
+IDLE_POLL_MS = 20
 PARENT_POLL_S = 0.5
-EXIT_CONFIG, EXIT_MODEL, EXIT_CRASH = 3, 4, 1
+EXIT_CRASH, EXIT_MODEL = 1, 4
+EXIT_CODES: dict[type[TandemError], int] = {ConfigError: 3, BudgetError: 5}
 log = logging.getLogger("tandem.engine")
 
 
 def main(inbox_address: str, outbox_address: str) -> int:
     """Serve one HTTP process until it says Shutdown or dies. Returns the exit code."""
-    # Ctrl-C reaches the whole process group; the HTTP process decides when the engine stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals to the whole process group reach both; the HTTP process decides when the engine stops.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     folder = Path(inbox_address.removeprefix("ipc://")).parent
     threading.Thread(target=_die_with_parent, args=(os.getppid(), folder), daemon=True).start()
     context = zmq.Context()
@@ -47,7 +51,7 @@ def main(inbox_address: str, outbox_address: str) -> int:
         return _serve(inbox, send)
     except TandemError as error:
         send(messages.Failed(messages.Error.of(error)))
-        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_MODEL
+        return EXIT_CODES.get(type(error), EXIT_MODEL)
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         send(messages.Failed(messages.Error("EngineDead", f"the engine crashed: {type(error).__name__}: {error}")))
@@ -86,22 +90,26 @@ class _Loop:
         self.engine = engine
         self.inbox = inbox
         self.send = send
-        # Reading an adapter from disk would stall every stream, so a thread reads and the loop publishes.
-        self.reads: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # Reading an adapter from disk would stall every stream: one thread reads, in order; the loop publishes.
+        self.to_read: queue.SimpleQueue[messages.LoadAdapter] = queue.SimpleQueue()
+        self.to_publish: queue.SimpleQueue[tuple[messages.LoadAdapter, AdapterWeights | TandemError]] = (
+            queue.SimpleQueue()
+        )
+        threading.Thread(target=self._read_adapters, daemon=True).start()
 
     def run(self) -> int:
         while True:
             if not self._receive():
                 return 0
-            while not self.reads.empty():
-                self.reads.get()()
+            while not self.to_publish.empty():
+                self._publish(*self.to_publish.get())
             if self.engine.has_work:
                 events = self.engine.step()
                 self.send(messages.Stepped(events, self.engine.stats))
 
     def _receive(self) -> bool:
         """Handle all that waits; wait for something when there is nothing to do. False: time to stop."""
-        busy = self.engine.has_work or not self.reads.empty()
+        busy = self.engine.has_work or not self.to_publish.empty()
         if not self.inbox.poll(0 if busy else IDLE_POLL_MS):
             return True
         while True:
@@ -123,33 +131,43 @@ class _Loop:
             case messages.Cancel(request_id=request_id, index=index):
                 events = self.engine.cancel(request_id, index)
                 self.send(messages.Stepped(events, self.engine.refresh_stats()))
-            case messages.LoadAdapter(call_id=call_id, name=name, path=path):
-                threading.Thread(target=self._read_adapter, args=(call_id, name, path), daemon=True).start()
+            case messages.LoadAdapter():
+                self.to_read.put(message)
             case messages.UnloadAdapter(call_id=call_id, name=name):
-                self._reply(call_id, lambda: self.engine.unload_adapter(name))
+                try:
+                    self.engine.unload_adapter(name)
+                except TandemError as error:
+                    self._reply(call_id, error=error)
+                else:
+                    self._reply(call_id)
             case _:
                 raise AssertionError(f"unexpected message {message!r}")
 
-    def _read_adapter(self, call_id: int, name: str, path: str) -> None:
+    def _read_adapters(self) -> None:
+        while True:
+            message = self.to_read.get()
+            try:
+                self.to_publish.put((message, self.engine.worker.read_adapter(message.path)))
+            except TandemError as error:
+                self.to_publish.put((message, error))
+            except Exception as error:  # whatever a file made by a stranger can cause must not end the engine
+                traceback.print_exc(file=sys.stderr)
+                reason = f"adapter {message.path} cannot be read: {type(error).__name__}: {error}"
+                self.to_publish.put((message, ModelError(reason)))
+
+    def _publish(self, message: messages.LoadAdapter, weights: AdapterWeights | TandemError) -> None:
         try:
-            weights = self.engine.worker.read_adapter(path)
-        except Exception as error:
-            failure = error
-            self.reads.put(lambda: self._reply(call_id, lambda: _raise(failure)))
+            if isinstance(weights, TandemError):
+                raise weights
+            adapter = self.engine.load_adapter(message.name, message.path, weights)
+        except TandemError as error:
+            self._reply(message.call_id, error=error)
         else:
-            self.reads.put(lambda: self._reply(call_id, lambda: self.engine.load_adapter(name, path, weights)))
+            self._reply(message.call_id, adapter)
 
-    def _reply(self, call_id: int, work: Callable[[], object]) -> None:
-        error = None
-        try:
-            work()
-        except TandemError as failure:
-            error = messages.Error.of(failure)
-        self.send(messages.Replied(call_id, self.engine.published(), error))
-
-
-def _raise(error: Exception) -> None:
-    raise error
+    def _reply(self, call_id: int, adapter: Adapter | None = None, error: TandemError | None = None) -> None:
+        failure = messages.Error.of(error) if error is not None else None
+        self.send(messages.Replied(call_id, self.engine.published(), failure, adapter))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tandem.config import DEMO_MODEL, AdapterConfig, CacheConfig, ModelConfig, S
 from tandem.engine import batch as batches
 from tandem.engine import sampler
 from tandem.engine.sampler import Draw
-from tandem.errors import ConfigError
+from tandem.errors import BudgetError, ConfigError
 from tandem.memory import arena
 from tandem.model.adapter import AdapterWeights, read_adapter
 from tandem.model.decoder import Decoder, LoraBatch
@@ -26,6 +26,7 @@ from tandem.model.spec import load_spec, targets
 from tandem.model.weights import load_weights, resolve_model
 from tandem.work import EngineReport, SamplingParams, Segment, StepPlan, StepResult, TopLogprobs
 
+SCORED_ROWS = 64  # prompt tokens whose log-probabilities are computed at once
 # Batch sizes at which matmuls were seen to change their order of summation.
 PROBED_ROWS = (batches.MIN_ROWS, 16, 33, 64, 140, 512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,12 +34,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class RowInput:
-    """What the device must know of a row in this step."""
+    """What the device must know of a row in this step. `scores`: its prompt's log-probabilities are wanted."""
 
     tokens: Sequence[int]
     blocks: Sequence[int]
     version: int
     draw: Draw
+    scores: bool = False
 
 
 class Worker:
@@ -60,6 +62,9 @@ class Worker:
         self.spec = load_spec(path, model.max_model_len)
         self.dtype = _dtype(model.dtype, self.spec.dtype)
         self.kernels = ops.load(self.device.type, self.dtype)
+        self._afford(
+            self.spec.num_parameters * self.dtype.itemsize, "the model", "free some memory or use a smaller model"
+        )
         weights = load_weights(
             path, self.spec, dtype=self.dtype, device=self.device, kernels=self.kernels, progress=on_progress
         )
@@ -70,10 +75,7 @@ class Worker:
         self.max_lora_rank = adapters.max_lora_rank
         self.block_size = cache.block_size
         self.num_blocks, self.max_model_len = self._plan_cache(cache, scheduler, model.max_model_len)
-        self.kv = arena.allocate_kv(
-            len(self.spec.layers), self.num_blocks, self.block_size, self.spec.num_kv_heads, self.spec.head_dim,
-            self.dtype, self.device,
-        )  # fmt: skip
+        self.kv = self._allocate_kv()
         self.caches = list(self.kv.unbind(0))
         shapes = {name: (t.in_features, t.out_features) for name, t in targets(self.spec).items()}
         self.pool = arena.AdapterPool(len(self.spec.layers), shapes, self.dtype, self.device)
@@ -100,6 +102,18 @@ class Worker:
                 f"--kv-cache-memory-bytes ({size} bytes a block of {cache.block_size} tokens) or lower --max-model-len"
             )
         return num_blocks, min(longest, fits)
+
+    def _allocate_kv(self) -> Tensor:
+        spec = self.spec
+        shape = (len(spec.layers), self.num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim)
+        needed = self.num_blocks * arena.block_bytes(shape[0], *shape[2:], self.dtype)
+        self._afford(needed, "the KV cache", "lower --num-blocks or --kv-cache-memory-bytes")
+        return arena.allocate_kv(*shape, self.dtype, self.device)
+
+    def _afford(self, needed: int, what: str, remedy: str) -> None:
+        free = arena.available_bytes(self.device, 1.0)
+        if needed > free:
+            raise BudgetError(f"{what} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {remedy}")
 
     def report(self) -> EngineReport:
         """What start-up lines, /metrics and doctor say of this device."""
@@ -187,9 +201,9 @@ class Worker:
         if not active:
             return None
         used = max(high for _, _, _, high in active)
-        mask_TR = torch.zeros(batch.tokens_T.shape[0], used, dtype=self.dtype)
+        mask_TR = torch.zeros(batch.tokens_T.shape[0], used, dtype=torch.bool)
         for start, stop, low, high in active:
-            mask_TR[start:stop, low:high] = 1
+            mask_TR[start:stop, low:high] = True
         return LoraBatch(mask_TR=mask_TR.to(self.device), layers=self.pool.view(used))
 
     def _prompt_logprobs(
@@ -197,16 +211,18 @@ class Worker:
     ) -> dict[int, list[TopLogprobs]]:
         found: dict[int, list[TopLogprobs]] = {}
         for segment in plan.segments:
-            draw = rows[segment.row].draw
-            wanted = draw.params.prompt_logprobs
-            last = min(segment.stop, draw.num_prompt - 1)
-            if wanted is None or draw.index or segment.start >= last:
+            row = rows[segment.row]
+            last = min(segment.stop, row.draw.num_prompt - 1)
+            if not row.scores or segment.start >= last:
                 continue
-            first = batch.starts[segment.row]
-            flat_M = torch.arange(first, first + last - segment.start, device=self.device)
-            following = list(draw.tokens[segment.start + 1 : last + 1])
-            logits_MV = self.decoder.logits(hidden_TD[flat_M])
-            found[segment.row] = sampler.top_logprobs(logits_MV, following, [wanted] * len(following))
+            first = batch.starts[segment.row] - segment.start
+            entries = found.setdefault(segment.row, [])
+            # In slices: float32 logits of a whole chunk would be hundreds of megabytes with a large vocabulary.
+            for start in range(segment.start, last, SCORED_ROWS):
+                stop = min(start + SCORED_ROWS, last)
+                logits_MV = self.decoder.logits(hidden_TD[first + start : first + stop])
+                wanted = [row.draw.params.prompt_logprobs or 0] * (stop - start)
+                entries += sampler.top_logprobs(logits_MV, row.tokens[start + 1 : stop + 1], wanted)
         return found
 
     # ------------------------------------------------------------ measurements
@@ -245,7 +261,8 @@ class Worker:
     def _batch_invariant(self) -> bool:
         """Whether this machine's matmuls give a row bitwise the same result whatever the number of rows.
 
-        Attention does by construction: how far a row is padded depends on its own context alone.
+        Decodes then do too: how far attention pads a row depends on its own context alone. How a prompt was cut into
+        chunks may still show in the last bits.
         """
         weights = self.decoder.weights
         layer = weights.layers[0]

@@ -24,9 +24,10 @@ from tandem.model.spec import ModelSpec, targets
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-KEY = re.compile(r"^(?:model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight$")
+KEY = re.compile(r"^(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight$")
 
 MLP_MODULES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Fields that change the maths when they are set to anything but these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -74,7 +75,7 @@ def read_adapter(
     config = _read_config(path)
     known = targets(spec)
     factors = _read_factors(path / WEIGHTS_FILE, spec)
-    _check_targets(config, factors, known, path)
+    _check_targets(config, factors, known, len(spec.layers), path)
     layers: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in spec.layers]
     largest = 0
     for (layer, name), pair in factors.items():
@@ -82,6 +83,8 @@ def read_adapter(
         rank = a_RI.shape[0]
         largest = max(largest, rank)
         b_RO = (b_OR.float().T * _scaling(config, layer, name, rank)).to(dtype).contiguous()
+        if not (a_RI.to(dtype).isfinite().all() and b_RO.isfinite().all()):
+            raise ModelError(f"{path}: layer {layer} {name} holds NaN or infinity once scaled by lora_alpha")
         layers[layer][name] = (a_RI.to(device, dtype), b_RO.to(device))
     if largest > max_rank:
         raise ModelError(f"adapter {path} has rank {largest}, more than --max-lora-rank {max_rank}")
@@ -93,9 +96,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ModelError(f"{path} is not a PEFT adapter directory: {CONFIG_FILE} is missing")
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ModelError(f"{file}: peft_type {kind!r} is not supported, only 'LORA'")
@@ -109,6 +114,16 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise ModelError(f"{file}: r={config.get('r')!r} must be a positive integer")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ModelError(f"{file}: alpha_pattern={patterns!r} must map module patterns to numbers")
+    for name, value in [("lora_alpha", config.get("lora_alpha", 8)), *patterns.items()]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelError(f"{file}: {name}={value!r} must be a finite number")
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ModelError(f"{file}: alpha_pattern {name!r} is no regular expression: {error}") from None
     return config
 
 
@@ -123,13 +138,16 @@ def _read_factors(file: Path, spec: ModelSpec) -> dict[tuple[int, str], dict[str
                 match = KEY.match(key.removeprefix(PREFIX))
                 if not match:
                     raise ModelError(f"{file}: tensor {key} belongs to no module that can carry an adapter here")
-                layer, name, side = int(match[1]), match[2], match[3]
-                if name not in known or layer >= len(spec.layers):
+                layer, block, name, side = int(match[1]), match[2], match[3], match[4]
+                if name not in known or layer >= len(spec.layers) or block != _block(name):
                     raise ModelError(
                         f"{file}: {key.removeprefix(PREFIX)} does not exist in this model "
                         f"({len(spec.layers)} layers; modules {', '.join(known)}): an adapter of another base?"
                     )
-                factors.setdefault((layer, name), {})[side] = tensors.get_tensor(key)
+                pair = factors.setdefault((layer, name), {})
+                if side in pair:
+                    raise ModelError(f"{file}: layer {layer} {name} has two lora_{side}")
+                pair[side] = tensors.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from None
     if not factors:
@@ -137,15 +155,27 @@ def _read_factors(file: Path, spec: ModelSpec) -> dict[tuple[int, str], dict[str
     return factors
 
 
-def _check_targets(config: dict[str, Any], factors: dict, known: dict, path: Path) -> None:
-    """Every module the config names must exist and have factors: a mismatch must never mean the base model."""
+def _check_targets(config: dict[str, Any], factors: dict, known: dict, num_layers: int, path: Path) -> None:
+    """Every module the config names must exist and have factors in every layer it transforms: a mismatch must never
+    silently mean the base model. (A regular expression in target_modules names no modules to check.)"""
     wanted = config.get("target_modules")
-    found = {name for _, name in factors}
-    if isinstance(wanted, list):
-        missing = [module for module in wanted if module.rpartition(".")[2] not in found]
-        if missing:
-            reason = "has no weights" if missing[0].rpartition(".")[2] in known else "does not exist in this model"
-            raise ModelError(f"{path / CONFIG_FILE}: target module {missing[0]!r} {reason}")
+    if not isinstance(wanted, list):
+        return
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers if isinstance(layers, list) else range(num_layers)
+    excluded = config.get("exclude_modules") or []
+    for module in wanted:
+        if not isinstance(module, str):
+            raise ModelError(f"{path / CONFIG_FILE}: target_modules holds {module!r}, which is no module name")
+        name = module.rpartition(".")[2]
+        if name not in known:
+            raise ModelError(f"{path / CONFIG_FILE}: target module {module!r} does not exist in this model")
+        found = {layer for layer, other in factors if other == name}
+        is_whole = name == module and not excluded
+        missing = [layer for layer in layers if layer not in found] if is_whole else []
+        if missing or not found:
+            where = f" in layer {missing[0]}" if missing and found else ""
+            raise ModelError(f"{path / CONFIG_FILE}: target module {module!r} has no weights{where}")
 
 
 def _check_pair(
@@ -155,21 +185,24 @@ def _check_pair(
     if pair.keys() != {"A", "B"}:
         raise ModelError(f"{where} has only lora_{'A' if 'A' in pair else 'B'}")
     a_RI, b_OR = pair["A"], pair["B"]
-    rank = a_RI.shape[0]
-    if a_RI.shape != (rank, in_features) or b_OR.shape != (out_features, rank):
+    if a_RI.dtype not in FLOATS or b_OR.dtype not in FLOATS:
+        raise ModelError(f"{where} is {a_RI.dtype} and {b_OR.dtype}; float32, float16 and bfloat16 are supported")
+    rank = a_RI.shape[0] if a_RI.ndim else 0
+    if rank < 1 or a_RI.shape != (rank, in_features) or b_OR.shape != (out_features, rank):
         raise ModelError(
             f"{where} has shapes A {tuple(a_RI.shape)}, B {tuple(b_OR.shape)}; this model needs "
             f"({rank}, {in_features}) and ({out_features}, {rank}): an adapter of another base?"
         )
-    if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
-        raise ModelError(f"{where} holds NaN or infinity")
     return a_RI, b_OR
+
+
+def _block(name: str) -> str:
+    return "mlp" if name in MLP_MODULES else "self_attn"
 
 
 def _scaling(config: dict[str, Any], layer: int, name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; patterns match module names as in PEFT."""
-    block = "mlp" if name in MLP_MODULES else "self_attn"
-    module = f"model.layers.{layer}.{block}.{name}"
+    module = f"model.layers.{layer}.{_block(name)}.{name}"
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

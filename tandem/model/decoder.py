@@ -28,7 +28,7 @@ MIN_ROWS = 4  # from here on a row's result does not depend on how many others t
 
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
-    """The adapters of one batch. mask_TR is 1 where rank row r belongs to the adapter of row t.
+    """The adapters of one batch. mask_TR (bool) is true where rank row r belongs to the adapter of row t.
 
     layers: per layer, by target name, (a_RI, b_RO), the scaling already in b.
     """

@@ -9,17 +9,17 @@ Shape letters: F rotated pairs of features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tandem.errors import ModelError
+from tandem.model import fields
+from tandem.model.fields import Config
 
-Config = Mapping[str, Any]
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+ORIGINAL = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,83 +46,89 @@ class RopeSpec:
 def rope_from_config(
     config: Config, parameters: Config, architecture: str, head_dim: int, max_position: int
 ) -> RopeSpec:
-    kind = parameters.get("rope_type", parameters.get("type", "default")) or "default"
+    """`parameters` is what rope_scaling or rope_parameters holds, empty where the config has neither.
+
+    Raises ModelError naming the field and its value.
+    """
+    kind = _kind(parameters)
     if architecture == "Phi3ForCausalLM" and kind in ("su", "yarn"):
         kind = "longrope"  # how the first Phi-3 checkpoints spelled it
     if kind not in ROPE_KINDS:
         raise ModelError(f"config.json: rope_type={kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 1e4
-    partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    theta = _first(parameters, config, "rope_theta", 1e4, above=1.0)
+    partial = _first(parameters, config, "partial_rotary_factor", 1.0, most=1.0)
     dim = int(head_dim * partial) if architecture == "Phi3ForCausalLM" or kind != "default" else head_dim
     if dim < 2 or dim % 2:
         raise ModelError(
             f"config.json: head_dim={head_dim} with partial_rotary_factor={partial} gives {dim} rotary features"
         )
     if kind == "default":
-        return RopeSpec(kind, float(theta), dim)
-    longest = config["max_position_embeddings"]
-    original = parameters.get("original_max_position_embeddings") or longest
-    if config.get("original_max_position_embeddings"):
-        original = config["original_max_position_embeddings"]
-    factor = parameters.get("factor")
+        return RopeSpec(kind, theta, dim)
+    longest = fields.integer(config, "max_position_embeddings")
+    original = fields.integer(config, ORIGINAL, None) or fields.integer(parameters, ORIGINAL, None) or longest
+    factor = fields.number(parameters, "factor", None)
     if factor is None:
         if kind in ("linear", "llama3"):
             raise ModelError(f"config.json: rope_type={kind!r} needs a factor")
         factor = longest / original
-    common = {
-        "kind": kind,
-        "theta": float(theta),
-        "dim": dim,
-        "factor": float(factor),
-        "original_max_position": original,
-    }
+    common = {"kind": kind, "theta": theta, "dim": dim, "factor": factor, "original_max_position": original}
     if kind == "linear":
         return RopeSpec(**common)
     if kind == "llama3":
-        return RopeSpec(
-            **common,
-            low_freq_factor=_number(parameters, "low_freq_factor", kind),
-            high_freq_factor=_number(parameters, "high_freq_factor", kind),
-        )
-    scale = parameters.get("attention_factor")
+        low, high = (fields.number(parameters, name) for name in ("low_freq_factor", "high_freq_factor"))
+        if low >= high:
+            raise ModelError(f"config.json: low_freq_factor={low:g} must be below high_freq_factor={high:g}")
+        return RopeSpec(**common, low_freq_factor=low, high_freq_factor=high)
+    scale = fields.number(parameters, "attention_factor", None)
     if kind == "yarn":
         return RopeSpec(
             **common,
             scale=_yarn_scale(parameters, factor) if scale is None else scale,
-            beta_fast=parameters.get("beta_fast") or 32.0,
-            beta_slow=parameters.get("beta_slow") or 1.0,
-            truncate=parameters.get("truncate", True),
+            beta_fast=fields.number(parameters, "beta_fast", None) or 32.0,
+            beta_slow=fields.number(parameters, "beta_slow", None) or 1.0,
+            truncate=fields.flag(parameters, "truncate", True),
         )
     if scale is None:
+        if original < 2:
+            fields.refuse(ORIGINAL, original, "at least 2")
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     name = "long_factor" if max_position > original else "short_factor"
     factors = parameters.get(name)
-    if not isinstance(factors, list) or len(factors) != dim // 2:
-        raise ModelError(f"config.json: {name} must list {dim // 2} numbers")
-    return RopeSpec(**common, scale=scale, factors=tuple(float(f) for f in factors))
+    listed = factors if isinstance(factors, list) else []
+    if len(listed) != dim // 2 or not all(fields.is_number(f) and f > 0 for f in listed):
+        fields.refuse(name, factors, f"a list of {dim // 2} positive numbers")
+    return RopeSpec(**common, scale=scale, factors=tuple(map(float, listed)))
 
 
 def scaled_reach(config: Config) -> int:
     """How far yarn stretches the trained context, where the config states both numbers (Qwen's leave the limit as is);
     0 otherwise."""
-    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = parameters.get("rope_type", parameters.get("type"))
-    original, factor = parameters.get("original_max_position_embeddings"), parameters.get("factor")
-    return int(original * factor) if kind == "yarn" and original and factor else 0
+    parameters = fields.mapping(config, "rope_scaling") or fields.mapping(config, "rope_parameters")
+    if _kind(parameters) != "yarn":
+        return 0
+    original, factor = fields.integer(parameters, ORIGINAL, None), fields.number(parameters, "factor", None)
+    return int(min(original * factor, fields.LARGEST)) if original and factor else 0
 
 
-def _number(parameters: Config, name: str, kind: str) -> float:
-    if not isinstance(parameters.get(name), (int, float)):
-        raise ModelError(f"config.json: rope_type={kind!r} needs {name}")
-    return float(parameters[name])
+def _kind(parameters: Config) -> str:
+    return fields.text(parameters, "rope_type") or fields.text(parameters, "type") or "default"
+
+
+def _first(parameters: Config, config: Config, name: str, default: float, **bounds: float) -> float:
+    """A number that may stand in the rope's own object or beside it."""
+    found = fields.number(parameters, name, None, **bounds)
+    return fields.number(config, name, None, **bounds) or default if found is None else found
 
 
 def _yarn_scale(parameters: Config, factor: float) -> float:
     def grown(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    return grown(mscale) / grown(mscale_all) if mscale and mscale_all else grown(1.0)
+    names = ("mscale", "mscale_all_dim")
+    if not all(parameters.get(name) for name in names):
+        return grown(1.0)
+    mscale, mscale_all = (fields.number(parameters, name) for name in names)
+    return grown(mscale) / grown(mscale_all)
 
 
 def rope_frequencies(rope: RopeSpec) -> Tensor:

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tandem.errors import ModelError
-from tandem.model.rope import Config, RopeSpec, rope_from_config, scaled_reach
+from tandem.model import fields
+from tandem.model.fields import Config
+from tandem.model.rope import RopeSpec, rope_from_config, scaled_reach
+
+# Deeper models do not exist; a config's typo must not become a list of a billion layers.
+MOST_LAYERS = 4096
+# Beyond any head, so that angles of it are always cheap to compute.
+MOST_HEAD_DIM = 65536
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
@@ -105,26 +112,35 @@ def _no_windows(config: Config, num_layers: int) -> list[int | None]:
 
 
 def _same_window(config: Config, num_layers: int) -> list[int | None]:
-    return [config.get("sliding_window")] * num_layers
+    return [_window(config)] * num_layers
+
+
+def _window(config: Config) -> int | None:
+    return fields.integer(config, "sliding_window", None)
+
+
+def _listed_kinds(config: Config) -> list[str] | None:
+    return fields.items(config, "layer_types", str, "strings")
 
 
 def _upper_windows(config: Config, num_layers: int) -> list[int | None]:
     """Qwen: the layers from max_window_layers on, if use_sliding_window says so."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    first = config.get("max_window_layers", 28)
+    window = _window(config) if fields.flag(config, "use_sliding_window") else None
+    first = fields.integer(config, "max_window_layers", 28, low=0)
     kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    return _windows_by_kind(config.get("layer_types") or kinds, window)
+    return _windows_by_kind(_listed_kinds(config) or kinds, window)
 
 
 def _alternating_windows(config: Config, num_layers: int) -> list[int | None]:
-    return _windows_by_kind(_layer_kinds(config, num_layers), config.get("sliding_window"))
+    return _windows_by_kind(_layer_kinds(config, num_layers), _window(config))
 
 
 def _smollm3_windows(config: Config, num_layers: int) -> list[int | None]:
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+    window = _window(config) if fields.flag(config, "use_sliding_window") else None
+    if window is None:
         return [None] * num_layers
     kinds = ["full_attention" if turns else "sliding_attention" for turns in _rope_layers(config, num_layers)]
-    return _windows_by_kind(config.get("layer_types") or kinds, config["sliding_window"])
+    return _windows_by_kind(_listed_kinds(config) or kinds, window)
 
 
 def _windows_by_kind(kinds: list[str], window: int | None) -> list[int | None]:
@@ -133,18 +149,19 @@ def _windows_by_kind(kinds: list[str], window: int | None) -> list[int | None]:
 
 def _layer_kinds(config: Config, num_layers: int) -> list[str]:
     """Gemma: named per layer, or every sliding_window_pattern-th layer sees everything."""
-    if config.get("layer_types"):
-        return config["layer_types"]
-    period = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 2))
+    if listed := _listed_kinds(config):
+        return listed
+    name = "sliding_window_pattern" if "sliding_window_pattern" in config else "_sliding_window_pattern"
+    period = fields.integer(config, name, 2)
     return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers)]
 
 
 def _rope_layers(config: Config, num_layers: int) -> list[bool]:
     """SmolLM3: which layers turn at all."""
-    listed = config.get("no_rope_layers")
+    listed = fields.items(config, "no_rope_layers", int, "0 and 1")
     if listed is not None:
         return [bool(turns) for turns in listed]
-    interval = config.get("no_rope_layer_interval", 4)
+    interval = fields.integer(config, "no_rope_layer_interval", 4)
     return [(i + 1) % interval != 0 for i in range(num_layers)]
 
 
@@ -204,7 +221,7 @@ def spec_from_config(
     original_max_position_embeddings; transformers switches at run time by the actual length.
     Raises ModelError naming the field, its value and what is supported.
     """
-    architecture = (config.get("architectures") or [None])[0]
+    architecture = next(iter(fields.items(config, "architectures", str, "names") or []), "")
     family = FAMILIES.get(architecture)
     if family is None:
         raise ModelError(
@@ -220,39 +237,44 @@ def spec_from_config(
     for name in ("use_bidirectional_attention", "add_cross_attention", "is_encoder_decoder"):
         if config.get(name):
             raise ModelError(f"config.json: {name}=true is not supported; only causal decoders are")
-    num_layers = _positive(config, "num_hidden_layers")
-    num_heads = _positive(config, "num_attention_heads")
-    hidden_size = _positive(config, "hidden_size")
-    head_dim = config.get("head_dim") or hidden_size // num_heads
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    num_layers = fields.integer(config, "num_hidden_layers", high=MOST_LAYERS)
+    num_heads = fields.integer(config, "num_attention_heads")
+    hidden_size = fields.integer(config, "hidden_size")
+    head_dim = fields.integer(config, "head_dim", None, high=MOST_HEAD_DIM)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ModelError(f"config.json: {hidden_size=} is no multiple of num_attention_heads={num_heads}")
+        head_dim = hidden_size // num_heads
+    num_kv_heads = fields.integer(config, "num_key_value_heads", None) or num_heads
     if num_heads % num_kv_heads:
         raise ModelError(f"config.json: num_attention_heads={num_heads} is no multiple of {num_kv_heads=}")
+    vocab_size = fields.integer(config, "vocab_size")
     max_position = _context(config, max_model_len)
     windows = _check_windows(family.windows(config, num_layers), config, num_layers, max_position)
     ropes = _ropes(config, architecture, num_layers, head_dim, max_position)
-    gemma = architecture.startswith("Gemma")
-    attention_bias = family.reads_attention_bias and bool(config.get("attention_bias"))
+    gemma, gemma2 = architecture.startswith("Gemma"), architecture == "Gemma2ForCausalLM"
+    attention_bias = family.reads_attention_bias and fields.flag(config, "attention_bias")
     biases = {"qkv_bias": attention_bias, "o_bias": attention_bias}
-    biases["mlp_bias"] = family.reads_mlp_bias and bool(config.get("mlp_bias"))
+    biases["mlp_bias"] = family.reads_mlp_bias and fields.flag(config, "mlp_bias")
     return ModelSpec(
         architecture=architecture,
-        vocab_size=_positive(config, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=_positive(config, "intermediate_size"),
+        intermediate_size=fields.integer(config, "intermediate_size"),
         layers=tuple(LayerSpec(window, rope) for window, rope in zip(windows, ropes, strict=True)),
         max_position=max_position,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=fields.number(config, "rms_norm_eps", 1e-6),
         activation=_activation(config, "hidden_activation" if gemma else "hidden_act"),
-        attn_softcap=config.get("attn_logit_softcapping") if architecture.startswith("Gemma2") else None,
-        final_softcap=config.get("final_logit_softcapping") if gemma else None,
+        attn_softcap=fields.number(config, "attn_logit_softcapping", None) if gemma2 else None,
+        final_softcap=fields.number(config, "final_logit_softcapping", None) if gemma else None,
         embedding_scale=hidden_size**0.5 if gemma else None,
-        query_scale=(config["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        eos_token_ids=_eos(config, generation_config or {}),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        query_scale=(fields.number(config, "query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
+        tie_embeddings=fields.flag(config, "tie_word_embeddings"),
+        eos_token_ids=_eos(config, generation_config or {}, vocab_size),
+        dtype=_dtype(config),
         **(biases | family.flags),
     )
 
@@ -288,22 +310,21 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _positive(config: Config, name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"config.json: {name}={value!r} must be a positive integer")
-    return value
-
-
 def _activation(config: Config, name: str) -> Literal["silu", "gelu_tanh"]:
     value = config.get(name, "silu")
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ModelError(f"config.json: {name}={value!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
 
 
+def _dtype(config: Config) -> str:
+    """The checkpoint's own number format, which the newer spelling names first."""
+    name = fields.text(config, "dtype") or fields.text(config, "torch_dtype") or "float32"
+    return name.removeprefix("torch.")
+
+
 def _context(config: Config, max_model_len: int | None) -> int:
-    longest = _positive(config, "max_position_embeddings")
+    longest = fields.integer(config, "max_position_embeddings")
     if max_model_len is None:
         return longest
     reach = max(longest, scaled_reach(config))
@@ -316,7 +337,7 @@ def _context(config: Config, max_model_len: int | None) -> int:
 
 def _check_windows(windows: list[int | None], config: Config, num_layers: int, max_position: int) -> list[int | None]:
     """A window as long as the context is none."""
-    kinds = config.get("layer_types") or []
+    kinds = _listed_kinds(config) or []
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ModelError(
@@ -325,28 +346,26 @@ def _check_windows(windows: list[int | None], config: Config, num_layers: int, m
         )
     if len(windows) != num_layers:
         raise ModelError(f"config.json: layer_types names {len(windows)} layers, num_hidden_layers is {num_layers}")
-    for window in windows:
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise ModelError(f"config.json: sliding_window={window!r} must be a positive integer or null")
     return [None if window is None or window >= max_position else window for window in windows]
 
 
 def _ropes(
     config: Config, architecture: str, num_layers: int, head_dim: int, max_position: int
 ) -> list[RopeSpec | None]:
-    parameters = config.get("rope_parameters") or {}
+    parameters = fields.mapping(config, "rope_parameters")
     nested = any(kind in parameters for kind in ("full_attention", "sliding_attention"))
     if architecture.startswith("Gemma3"):
         kinds = _layer_kinds(config, num_layers)
         by_kind = parameters if nested else _gemma3_parameters(config, parameters)
         made = {
-            kind: rope_from_config(config, by_kind.get(kind) or {}, architecture, head_dim, max_position)
+            kind: rope_from_config(config, fields.mapping(by_kind, kind), architecture, head_dim, max_position)
             for kind in set(kinds)
         }
         return [made[kind] for kind in kinds]
     if nested:
         raise ModelError(f"config.json: rope_parameters per layer type are not supported for {architecture}")
-    rope = rope_from_config(config, config.get("rope_scaling") or parameters, architecture, head_dim, max_position)
+    scaling = fields.mapping(config, "rope_scaling") or parameters
+    rope = rope_from_config(config, scaling, architecture, head_dim, max_position)
     if architecture == "SmolLM3ForCausalLM":
         turns = _rope_layers(config, num_layers)
         if len(turns) < num_layers:
@@ -357,14 +376,22 @@ def _ropes(
     return [rope] * num_layers
 
 
-def _gemma3_parameters(config: Config, parameters: Config) -> dict[str, Any]:
+def _gemma3_parameters(config: Config, parameters: dict[str, Any]) -> dict[str, Any]:
     """The old spelling: rope_theta and rope_scaling for the full layers, rope_local_base_freq for the others."""
-    full = {"rope_theta": config["rope_theta"]} | dict(parameters) | dict(config.get("rope_scaling") or {})
+    full = {"rope_theta": config["rope_theta"]} | parameters | fields.mapping(config, "rope_scaling")
     return {"full_attention": full, "sliding_attention": {"rope_theta": config["rope_local_base_freq"]}}
 
 
-def _eos(config: Config, generation_config: Config) -> tuple[int, ...]:
-    value = generation_config.get("eos_token_id", config.get("eos_token_id"))
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _eos(config: Config, generation_config: Config, vocab_size: int) -> tuple[int, ...]:
+    """generation_config.json's end tokens, else config.json's; each a row of the vocabulary."""
+    for file, source in (("generation_config.json", generation_config), ("config.json", config)):
+        value = source.get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids):
+            raise ModelError(
+                f"{file}: eos_token_id={value!r} must be a token id or a list of them, from 0 to {vocab_size - 1}"
+            )
+        return tuple(ids)
+    return ()

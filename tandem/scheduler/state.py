@@ -60,7 +60,7 @@ class Row:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return self.request.sampling.prompt_logprobs is not None and not self.reported
+        return self.index == 0 and self.request.sampling.prompt_logprobs is not None and not self.reported
 
     @property
     def uses_cache(self) -> bool:
@@ -132,11 +132,10 @@ class State:
     def add(self, request: Request, version: int, seed: int) -> list[Row]:
         """Queue the `n` rows of a request, index 0 first. All have the same seed: the draws differ by index.
 
-        Rows 1.. fork from row 0 once its prompt is computed, except where every row has to compute the prompt itself.
+        Rows 1.. fork from row 0 once its prompt is computed; the prompt's log-probabilities are row 0's to report.
         """
         assert request.prompt and request.request_id not in self._by_request
         rows: list[Row] = []
-        forks = request.sampling.prompt_logprobs is None
         for index in range(request.sampling.n):
             row = Row(
                 row_id=self._next_id,
@@ -146,7 +145,7 @@ class State:
                 tokens=list(request.prompt),
                 num_prompt=len(request.prompt),
                 arrival=self._next_id,
-                parent=rows[0].row_id if rows and forks else None,
+                parent=rows[0].row_id if rows else None,
                 seed=seed,
             )
             self._next_id += 1

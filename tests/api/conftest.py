@@ -28,6 +28,7 @@ class FakeEngine:
 
     def __init__(self, tokenizer, text="Hello there, naïve 🙂 world. The end."):
         self.report, self.stats, self.adapters, self.dead = REPORT, EngineStats(blocks_total=64), {}, None
+        self.max_num_queued_reqs = 4096
         self.reply, self.step_s = tokenizer.encode(text, False), 0.0
         self.error, self.requests, self.cancelled, self.open = None, [], [], 0
 

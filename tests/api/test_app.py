@@ -7,9 +7,11 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -218,6 +220,86 @@ async def test_adapters_stay_inside_the_root(http, tmp_path, engine, app):
     assert (await http.post("/v1/unload_lora_adapter", json={"lora_name": "a"})).status_code == 200
     assert (await http.post("/v1/unload_lora_adapter", json={"lora_name": "a"})).status_code == 404
     assert (await http.delete("/v1/models/org/tiny:1")).status_code == 400
+
+
+async def test_two_loads_of_one_name_cannot_both_succeed(http, tmp_path, engine):
+    (tmp_path / "x").mkdir()
+    real, active = engine.load_adapter, []
+
+    async def slow(name, path):
+        active.append(name)
+        assert active.count(name) == 1, "two loads of one name at once"
+        await asyncio.sleep(0.02)
+        active.remove(name)
+        return await real(name, path)
+
+    engine.load_adapter = slow
+    load = lambda name: http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "x"})  # noqa: E731
+    replies = await asyncio.gather(load("a"), load("a"), load("b"))
+    assert [reply.status_code for reply in replies] == [200, 409, 200]
+    unload = lambda: http.post("/v1/unload_lora_adapter", json={"lora_name": "a"})  # noqa: E731
+    assert [reply.status_code for reply in await asyncio.gather(unload(), unload())] == [200, 404]
+
+
+async def test_names_are_locked_apart_and_no_lock_is_kept(app):
+    serving = app.state.serving
+    async with serving.adapter_lock("a"):
+        assert serving.adapter_lock("a").locked() and not serving.adapter_lock("b").locked()
+    assert not list(serving.adapter_locks)
+
+
+# ---- more than the engine can ever take, and long bodies
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {**CHAT, "n": 6}, "n"),
+        ("/v1/completions", {"prompt": "x", "n": 6}, "n"),
+        ("/v1/completions", {"prompt": ["x"] * 3, "n": 2}, "prompt"),
+    ],
+)
+async def test_more_choices_than_queue_and_seats_are_refused_before_any_starts(engine, tokenizer, path, body, param):
+    engine.max_num_queued_reqs, engine.report = 3, msgspec.structs.replace(engine.report, max_num_seqs=2)
+    app = build_app(engine, tokenizer, ServerConfig())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        response = await http.post(path, json={**body, "max_tokens": 2})
+        error = error_of(response)
+        assert response.status_code == 400 and error["param"] == param and " 5 choices" in error["message"]
+        assert "--max-num-queued-reqs 3" in error["message"] and not engine.requests
+        fits = await http.post("/v1/completions", json={"prompt": ["x"] * 5, "max_tokens": 2})
+        assert fits.status_code == 200 and len(fits.json()["choices"]) == 5
+
+
+async def test_long_bodies_leave_the_event_loop_wherever_their_text_is(http, tokenizer, monkeypatch):
+    threads = []
+    real = tokenizer.render
+    monkeypatch.setattr(
+        tokenizer, "render", lambda *args: (threads.append(threading.current_thread()), real(*args)[:100])[1]
+    )
+    tool = {"type": "function", "function": {"name": "f", "description": "word " * 4000}}
+    for tools in ([], [tool]):
+        for path in ("/v1/chat/completions", "/tokenize"):
+            assert (await http.post(path, json={**CHAT, "tools": tools})).status_code == 200
+    assert [thread is threading.main_thread() for thread in threads] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "word " * 100_000}, {"messages": [{"role": "user", "content": "x" * 99_999}]}]
+)
+async def test_tokenize_refuses_what_is_longer_than_any_context(http, tokenizer, monkeypatch, body):
+    monkeypatch.setattr(tokenizer, "encode", None)
+    response = await http.post("/tokenize", json=body)
+    assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
+
+
+async def test_sampling_limits(http, engine):
+    for penalty, status in ((0.01, 200), (100, 200), (0.001, 400), (101, 400)):
+        response = await http.post("/v1/chat/completions", json={**CHAT, "repetition_penalty": penalty})
+        assert response.status_code == status, penalty
+    for temperature in (1e-6, 1e-5):
+        await http.post("/v1/chat/completions", json={**CHAT, "temperature": temperature})
+    assert [request.sampling.temperature for request in engine.requests[-2:]] == [0, 1e-5]
 
 
 # ---- names, keys, metrics

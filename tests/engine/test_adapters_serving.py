@@ -205,6 +205,13 @@ def edited(source: Path, target: Path, **fields: Any) -> Path:
         ({"r": 0}, "r=0"),
         ({"target_modules": ["q_proj", "v_proj", "wq"]}, "'wq' does not exist"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "'o_proj' has no weights"),
+        ({"target_modules": [1]}, "no module name"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"lora_alpha": "x"}, "lora_alpha='x'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+        ({"lora_alpha": 1e40}, "once scaled"),
+        ({"alpha_pattern": ["q"]}, "alpha_pattern"),
+        ({"alpha_pattern": {"(": 1}}, "no regular expression"),
     ],
 )
 def test_what_changes_the_maths_is_refused_by_name(
@@ -232,7 +239,13 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (lambda t: t.update({KEY.replace("q_proj", "wq"): t.pop(KEY)}), "wq"),
         (lambda t: t.update({KEY.replace("layers.0", "layers.7"): t.pop(KEY)}), "layers.7"),
+        (lambda t: t.update({KEY.replace("self_attn", "mlp"): t.pop(KEY)}), "mlp.q_proj"),
+        (lambda t: t.update({KEY.replace("weight", "default.weight"): t[KEY].clone()}), "two lora_A"),
+        (lambda t: [t.pop(k) for k in list(t) if "layers.2" in k], "has no weights in layer 2"),
         (lambda t: t.update({KEY: torch.zeros(8, 63)}), "shapes"),
+        (lambda t: t.update({KEY: torch.zeros(())}), "shapes"),
+        (lambda t: t.update({KEY: torch.zeros(0, 64)}), "shapes"),
+        (lambda t: t.update({KEY: torch.zeros(8, 64, dtype=torch.int32)}), "int32"),
         (lambda t: t.pop(KEY), "only lora_B"),
         (lambda t: t.update({KEY: t[KEY] * float("nan")}), "NaN"),
         (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(8, 64)}), "lm_head"),
@@ -261,6 +274,21 @@ def test_missing_broken_and_oversized_adapters_are_refused(
     (broken / "adapter_config.json").write_text("{")
     with pytest.raises(ModelError, match="not valid JSON"):
         engine.load_adapter("a", str(broken))
+
+
+def test_an_adapter_that_overflows_harms_nobody_else(make_engine, adapters: dict[str, Path], tmp_path: Path) -> None:
+    def blow_up(tensors: dict[str, torch.Tensor]) -> None:
+        for key in tensors:
+            tensors[key] *= 1e19
+
+    engine = make_engine()
+    engine.load_adapter("wild", str(rewritten(adapters["qv"], tmp_path / "wild", blow_up)))
+    engine.load_adapter("tame", str(adapters["all-rank-3"]))
+    ids = prompt(9)
+    expected = {name: run(engine, {name: (ids, name if name != "base" else None)})[name] for name in ("base", "tame")}
+    for _ in range(2):
+        found = run(engine, {"wild": (ids, "wild"), "base": (ids, None), "tame": (ids, "tame")})
+        assert {name: found[name] for name in expected} == expected
 
 
 def test_an_adapter_may_not_take_the_base_models_name(make_engine, adapters: dict[str, Path]) -> None:

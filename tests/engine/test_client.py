@@ -122,6 +122,24 @@ async def test_a_killed_engine_reaches_every_stream(tiny_model) -> None:
     await client.close()
 
 
+async def test_a_directory_made_by_a_stranger_does_not_end_the_engine(
+    client: EngineClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="not valid JSON"):
+        await client.load_adapter("a", str(tmp_path))
+    (tmp_path / "adapter_config.json").write_bytes(b'{"peft_type": "LORA", "r": 8, "\xff": 1}')
+    with pytest.raises(ModelError):
+        await client.load_adapter("a", str(tmp_path))
+    assert len(await text(client, "still here")) == 20
+
+
+async def test_the_engine_leaves_signals_to_its_parent(client: EngineClient) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        client.process.send_signal(number)
+    assert len(await text(client, "r")) == 20
+
+
 async def test_start_up_failures_come_back_as_their_own_errors(tiny_model, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a directory"):
         await EngineClient.start(config(tmp_path / "nothing here"))

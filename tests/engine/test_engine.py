@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import tiny_models
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tandem.engine.engine import Engine
 from tandem.errors import ContextTooLong, InvalidRequest, NotFound, Overloaded
@@ -15,6 +17,11 @@ from tandem.work import Request, SamplingParams, TokenEvent
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 LENGTHS = (1, 5, 16, 17, 33, 70)
+
+
+@pytest.fixture
+def tiny_engine(make_engine) -> Engine:
+    return make_engine(num_blocks=24, max_model_len=100, max_num_batched_tokens=24, max_num_seqs=6)
 
 
 def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
@@ -205,11 +212,11 @@ def test_a_dirty_block_does_not_reach_its_next_owner(make_engine) -> None:
         (Request(request_id="r", prompt=[5], sampling=SamplingParams(logit_bias={999: 1.0})), InvalidRequest),
         (Request(request_id="r", prompt=[5], sampling=SamplingParams(stop_token_ids=(999,))), InvalidRequest),
         (Request(request_id="r", prompt=[5], adapter="nobody"), NotFound),
-        (Request(request_id="r", prompt=[5], sampling=SamplingParams(n=9)), Overloaded),
+        (Request(request_id="r", prompt=[5], sampling=SamplingParams(n=13)), Overloaded),
     ],
 )
 def test_bad_requests_are_refused_and_leave_nothing(make_engine, request_: Request, error: type[Exception]) -> None:
-    engine = make_engine(max_num_queued_reqs=8)
+    engine = make_engine(max_num_queued_reqs=8, max_num_seqs=4)
     with pytest.raises(error):
         engine.submit(request_)
     assert not engine.has_work
@@ -252,3 +259,50 @@ def test_a_plan_never_stalls_running_decodes(make_engine) -> None:
             mixed += len(decodes) < len(plan.segments)
             assert plan.predicted_s <= 3 * cost.predict(decodes) * (1 + 1e-9)
     assert mixed
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_prompt_log_probabilities_with_several_choices(make_engine, max_tokens: int) -> None:
+    engine = make_engine(max_num_batched_tokens=8, max_num_seqs=4)
+    prompt = prompts(7, (21,))[0]
+    sampling = SamplingParams(max_tokens=max_tokens, n=3, prompt_logprobs=1, logprobs=1, seed=1, ignore_eos=True)
+    engine.submit(Request(request_id="r", prompt=prompt, sampling=sampling))
+    found = collect(engine)
+    assert len(found) == 3 and len(found["r", 0][0].prompt_logprobs) == 20
+    assert all(found["r", i][-1].finish_reason == "length" for i in range(3))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_valid_request_finishes_and_leaks_nothing(tiny_engine: Engine, data: st.DataObject) -> None:
+    """Whatever the parameters, one request must never end the engine."""
+    optional = st.none() | st.integers(0, 4)
+    vocab = tiny_models.VOCAB_SIZE
+    tokens = st.integers(0, vocab - 1)
+    requests = []
+    for i in range(data.draw(st.integers(1, 4))):
+        sampling = SamplingParams(
+            max_tokens=data.draw(st.integers(0, 6)),
+            min_tokens=data.draw(st.integers(0, 9)),
+            temperature=data.draw(st.sampled_from((0.0, 1e-300, 1e-6, 0.7, 2.0, 1e300))),
+            top_k=data.draw(st.sampled_from((0, 1, 7, 10_000))),
+            top_p=data.draw(st.sampled_from((1e-9, 0.5, 1.0))),
+            min_p=data.draw(st.sampled_from((0.0, 0.3, 1.0))),
+            presence_penalty=data.draw(st.sampled_from((-2.0, 0.0, 2.0))),
+            frequency_penalty=data.draw(st.sampled_from((-2.0, 0.0, 2.0))),
+            repetition_penalty=data.draw(st.sampled_from((0.01, 1.0, 100.0))),
+            logit_bias=data.draw(st.dictionaries(tokens, st.sampled_from((-100.0, 100.0)), max_size=5)),
+            seed=data.draw(st.none() | st.integers(-(2**63), 2**63 - 1)),
+            stop_token_ids=tuple(data.draw(st.lists(tokens, max_size=3))),
+            ignore_eos=data.draw(st.booleans()),
+            logprobs=data.draw(optional),
+            prompt_logprobs=data.draw(optional),
+            n=data.draw(st.integers(1, 3)),
+        )
+        prompt = data.draw(st.lists(tokens, min_size=1, max_size=40))
+        requests.append(Request(request_id=f"{i}", prompt=prompt, sampling=sampling))
+    for request in requests:
+        tiny_engine.submit(request)
+    found = collect(tiny_engine)
+    assert sorted(found) == sorted((r.request_id, index) for r in requests for index in range(r.sampling.n))
+    assert all(events[-1].finish_reason in ("stop", "length") for events in found.values())

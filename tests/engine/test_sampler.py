@@ -142,12 +142,27 @@ def test_a_row_draws_the_same_among_any_batch_mates(data: st.DataObject) -> None
     for i in range(data.draw(st.integers(1, 6))):
         params = {
             "temperature": rng.choice((0.0, 0.7, 1.3)),
-            "top_k": rng.choice((0, 3, 300)),
-            "top_p": rng.choice((1.0, 0.8)),
+            "top_k": rng.choice((0, 3, 50, 300)),
+            "top_p": rng.choice((1.0, 0.99, 0.8)),
         }
         rows.append(draw(seed=rng.randrange(2**63), index=i, min_p=rng.choice((0.0, 0.05)), **params))
+    # Rounded to bfloat16 as a model's are: many ties.
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(rng.randrange(1000))) * 2
+    logits = logits.bfloat16().float()
     together, _ = sample(logits.clone(), rows)
     for i, row in enumerate(rows):
         (one,), _ = sample(logits[i : i + 1].clone(), [row])
         assert one == together[i]
+
+
+@pytest.mark.parametrize("temperature", (1e-60, 1e-38, 1e-6))
+@pytest.mark.parametrize("top_p", (1.0, 0.9))
+def test_a_tiny_temperature_is_greedy(temperature: float, top_p: float) -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(5)) * 20
+    expected = logits.argmax(-1).tolist()
+    assert sample(logits, [draw(temperature=temperature, top_p=top_p)] * 3)[0] == expected
+
+
+def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:
+    (token,), (report,) = sample(torch.zeros(1, 8), [draw(temperature=1.0, top_k=50, top_p=0.9, logprobs=20)])
+    assert 0 <= token < 8 and report is not None and len(report.token_ids) == 8

@@ -197,7 +197,7 @@ def test_lora_of_two_adapters_equals_merged_weights(tiny_model: TinyModel, famil
         }
         for _ in spec.layers
     ]
-    mask_TR = torch.zeros(60, 2 * rank)
+    mask_TR = torch.zeros(60, 2 * rank, dtype=torch.bool)
     mask_TR[:20, :rank] = 1
     mask_TR[20:40, rank:] = 1
     names = ["first", "second", "neither"]

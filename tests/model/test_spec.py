@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tandem.errors import ModelError
+from tandem.model.rope import rope_frequencies
 from tandem.model.spec import FAMILIES, RopeSpec, load_spec, spec_from_config, targets
 
 LLAMA: dict[str, Any] = {
@@ -224,3 +227,110 @@ def test_num_parameters_counts_what_transformers_counts(tiny_model: Callable[[st
 def test_supported_families_are_those_we_promise() -> None:
     promised = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3", "SmolLM3"]
     assert list(FAMILIES) == [f"{name}ForCausalLM" for name in promised]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"architectures": 5}, "architectures=5"),
+        ({"architectures": [["a"]]}, "architectures="),
+        ({"head_dim": "16"}, "head_dim='16'"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads='2'"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads=-2"),
+        ({"hidden_size": 65}, "hidden_size=65"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ({"attention_bias": "no"}, "attention_bias='no'"),
+        ({"hidden_act": ["a"]}, "hidden_act="),
+        ({"dtype": 16}, "dtype=16"),
+        ({"rope_theta": "a"}, "rope_theta='a'"),
+        ({"rope_theta": 0.5}, "rope_theta=0.5"),
+        ({"rope_scaling": "x"}, "rope_scaling='x'"),
+        ({"rope_parameters": [1]}, "rope_parameters="),
+        ({"rope_scaling": {"type": ["yarn"]}}, "type="),
+        ({"rope_scaling": YARN | {"factor": "4"}}, "factor='4'"),
+        ({"rope_scaling": YARN | {"beta_fast": "x"}}, "beta_fast='x'"),
+        ({"rope_scaling": YARN | {"mscale": "x", "mscale_all_dim": 1}}, "mscale='x'"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0}}, "factor=0"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor=4"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 1.5}}, "original_max_position_embeddings=1.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor=1"),
+        ({"partial_rotary_factor": 2.0}, "partial_rotary_factor=2.0"),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": 5}, "layer_types=5"),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": [["a"]] * 4}, "layer_types="),
+        ({"architectures": ["Qwen2ForCausalLM"], "max_window_layers": "a"}, "max_window_layers='a'"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": True}, "sliding_window=True"),
+        ({"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 0}, "sliding_window_pattern=0"),
+        ({"architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
+        ({"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0"),
+        ({"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"sliding_attention": 3}}, "sliding_attention=3"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": ["x"] * 4}, "no_rope_layers="),
+        ({"eos_token_id": "7"}, "config.json: eos_token_id='7'"),
+        ({"eos_token_id": 100}, "config.json: eos_token_id=100"),
+        ({"eos_token_id": [7, -1]}, "config.json: eos_token_id="),
+        ({"eos_token_id": True}, "config.json: eos_token_id=True"),
+    ],
+)
+def test_wrong_types_and_senseless_values_are_named_with_their_value(changes: dict[str, Any], name: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        spec_from_config(LLAMA | changes)
+    assert name in str(refusal.value)
+
+
+def test_end_tokens_of_the_generation_config_are_checked_too_and_null_is_no_answer() -> None:
+    assert spec_from_config(LLAMA, {"eos_token_id": None}).eos_token_ids == (7,)
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id=100 .* 0 to 99"):
+        spec_from_config(LLAMA, {"eos_token_id": 100})
+
+
+ROPES: list[dict[str, Any]] = [
+    {},
+    {"rope_scaling": LLAMA3},
+    {"rope_scaling": YARN | {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.7}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}},
+    {"rope_parameters": YARN | {"rope_theta": 1e4}},
+]
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([10**12, -(10**12), 10**400]),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.one_of(st.integers(-1, 9), st.text(max_size=2), st.none()), max_size=5),
+    st.dictionaries(st.sampled_from(["type", "factor", "full_attention"]), st.integers(-1, 3), max_size=2),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(family=st.sampled_from(list(FAMILIES)), rope=st.sampled_from(ROPES), junk=JUNK, choice=st.data())
+def test_one_field_of_junk_gives_a_model_error_or_a_spec(
+    family: str, rope: dict[str, Any], junk: Any, choice: st.DataObject
+) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 16, "sliding_window_pattern": 2}
+    config = GEMMA3 | windows | rope | {"architectures": [family], "num_hidden_layers": 4, "head_dim": 16}
+    unset = ["rope_theta", "layer_types", "attention_bias", "no_rope_layers", "no_rope_layer_interval", "dtype",
+             "max_window_layers", "query_pre_attn_scalar", "final_logit_softcapping", "rope_local_base_freq",
+             "partial_rotary_factor", "original_max_position_embeddings", "tie_word_embeddings"]  # fmt: skip
+    name = choice.draw(st.sampled_from([*config, *unset]))
+    inside = next(iter(rope), None)
+    if name == inside and choice.draw(st.booleans()):
+        config = config | {name: config[name] | {choice.draw(st.sampled_from(list(config[name]))): junk}}
+    else:
+        config = config | {name: junk}
+    try:
+        spec = spec_from_config(config)
+    except ModelError as error:
+        assert "config.json" in str(error)
+        return
+    assert spec.num_parameters > 0
+    for layer in set(spec.layers):
+        assert layer.rope is None or rope_frequencies(layer.rope).shape == (layer.rope.dim // 2,)

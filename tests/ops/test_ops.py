@@ -178,7 +178,7 @@ def test_gated_activations_and_softcap() -> None:
 def test_lora_keeps_adapters_apart(dtype: torch.dtype) -> None:
     """Rows of adapter 0 (rank 2), of adapter 1 (rank 3) and of none, into a slice of a wider tensor."""
     x, a, b = torch.randn(6, 10).to(dtype), torch.randn(5, 10).to(dtype), torch.randn(5, 7).to(dtype)
-    mask = torch.zeros(6, 5, dtype=dtype)
+    mask = torch.zeros(6, 5, dtype=torch.bool)
     mask[:2, :2] = 1
     mask[2:4, 2:] = 1
     wide = torch.randn(6, 20).to(dtype)
@@ -189,6 +189,17 @@ def test_lora_keeps_adapters_apart(dtype: torch.dtype) -> None:
     lora(wide[:, 4:11], x, a, b, mask)
     torch.testing.assert_close(wide.float(), expected, rtol=2e-2, atol=1e-5 if dtype == torch.float32 else 0.3)
     assert torch.equal(wide[4:], untouched)
+
+
+def test_lora_that_overflows_stays_with_its_own_rows() -> None:
+    x, b = torch.ones(4, 8), torch.ones(4, 3)
+    a = torch.ones(4, 8)
+    a[:2] = 3e38
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[0, :2] = mask[1, 2:] = True
+    y = torch.zeros(4, 3)
+    lora(y, x, a, b, mask)
+    assert y[0].isinf().all() and torch.equal(y[1], torch.full((3,), 16.0)) and not y[2:].any()
 
 
 def test_load_names_what_it_chose() -> None:

@@ -7,11 +7,12 @@ import argparse
 import dataclasses
 import shutil
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from tools.demo_model import evaluate, tokens, train, world
+from tools.demo_model import corpus, evaluate, tokens, train, world
 
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -32,7 +33,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the evaluation is written")
     parser.add_argument("--tokens", type=int, default=recipe.tokens, help="training tokens")
     parser.add_argument("--tokens-per-step", type=int, default=recipe.tokens_per_step)
-    parser.add_argument("--peak-lr", type=float, default=recipe.peak_lr)
     parser.add_argument("--count", type=int, default=evaluate.NUM_PER_CLASS, help="questions per class")
     parser.add_argument("--checkpoints", type=Path, help="folder for a copy of the unfinished model every 300 steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -42,11 +42,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    recipe = train.Recipe(tokens=args.tokens, tokens_per_step=args.tokens_per_step, peak_lr=args.peak_lr)
+    recipe = train.Recipe(tokens=args.tokens, tokens_per_step=args.tokens_per_step)
     the_world = world.build_world()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
         tokens.save_tokenizer(tokens.train_tokenizer(the_world, recipe.seed), made)
+        tokens.verify(made, list(islice(corpus.documents(the_world, recipe.seed), 300)))
         model, run = train.train(the_world, made, recipe, args.checkpoints)
         train.save(model, made)
         results = evaluate.evaluate(the_world, made, args.count)

@@ -8,9 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tools.demo_model import corpus
 from tools.demo_model.relations import WORLD_RELATIONS
@@ -97,7 +98,7 @@ def all_questions(world: World, seed: int = 99, count: int = NUM_PER_CLASS) -> l
 
 @torch.inference_mode()
 def answer(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     chats: list[list[corpus.Message]],
     sample: bool = False,
@@ -136,7 +137,7 @@ def score(questions: list[Question], answers: list[str]) -> dict[str, dict[str, 
     return {group: {"accuracy": round(sum(r) / len(r), 4), "questions": len(r)} for group, r in sorted(table.items())}
 
 
-def sampled_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
+def sampled_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
     """How often one sample at temperature 1 is right, for every skill."""
     torch.manual_seed(5)
     questions = skill_questions(Random(123), count)
@@ -144,10 +145,10 @@ def sampled_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
     return {group: row["accuracy"] for group, row in score(questions, given).items()}
 
 
-def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load(folder: Path) -> tuple[Any, PreTrainedTokenizerFast]:
     """The saved bfloat16 weights; arithmetic in float32, so that the numbers do not depend on the machine's kernels."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def evaluate(world: World, folder: Path, count: int = NUM_PER_CLASS) -> dict:

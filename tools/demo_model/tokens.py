@@ -8,10 +8,11 @@ import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tools.demo_model.corpus import Document, documents
 from tools.demo_model.world import World
@@ -111,3 +112,19 @@ class Encoder:
             if ids[start:body].tolist() == self.opening:
                 mask[body : ends[ends >= body][0] + 1] = True
         return ids, mask
+
+
+def verify(folder: Path, sample: list[Document]) -> None:
+    """Raises unless the saved chat template gives the ids and the loss mask of training, and all text round-trips."""
+    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), Encoder(folder / "tokenizer.json")
+    for document, (ids, mask) in zip(sample, encoder.encode_batch(sample), strict=True):
+        if tokenizer.decode(ids.tolist()) != render(document):
+            raise ValueError(f"does not round-trip: {document!r}")
+        if isinstance(document, str):
+            continue
+        made: Any = tokenizer.apply_chat_template(document, return_dict=True, return_assistant_tokens_mask=True)
+        if made["input_ids"] != ids.tolist() or made["assistant_masks"] != mask.astype(int).tolist():
+            raise ValueError(f"the template and the training disagree on {document!r}")
+    for odd in ("\u017elu\u0165ou\u010dk\u00fd \u6f22\u5b57 \U0001f642", "\t two  spaces\n\n", "\x00\x7f", "I 'll  ."):
+        if tokenizer.decode(tokenizer.encode(odd, add_special_tokens=False)) != odd:
+            raise ValueError(f"does not round-trip: {odd!r}")
