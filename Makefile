@@ -4,8 +4,8 @@
 #   make bench            offline throughput (MODEL=, ARGS=)
 #   make demo-model       train the embedded model again (about an hour on two cores)
 # PYTHON=... uses that interpreter as it is instead of .venv; PIP=... replaces its pip;
-# BASE_PYTHON=... is what .venv is made with; TORCH_ARGS=... goes to the torch install, for instance
-# "--index-url https://download.pytorch.org/whl/cpu" to keep 6 GB of CUDA libraries off a machine without a GPU.
+# BASE_PYTHON=... is what .venv is made with; TORCH_ARGS=... goes to the torch install: "--index-url URL" with the
+# index of CPU builds that pytorch.org names keeps 6 GB of CUDA libraries off a machine without a GPU.
 
 BASE_PYTHON ?= python3
 TORCH       ?= torch==2.13.0

@@ -28,8 +28,8 @@ DEMO_MODEL = Path(__file__).resolve().parent / "assets" / "demo"
 def option(default, help: str, **extra):  # noqa: ANN001, ANN201
     """A dataclass field with its help text.
 
-    `extra` may hold `choices`, `metavar`, `low` (the smallest number accepted) and `env` (another variable's name that
-    is honoured after `TANDEM_<FLAG>` and the file).
+    `extra` may hold `choices`, `metavar`, `low` and `high` (the smallest and the largest number accepted; whole ones
+    fit 64 bits anyway) and `env` (another variable's name that is honoured after `TANDEM_<FLAG>` and the file).
     """
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help, **extra})
@@ -63,7 +63,7 @@ class CacheConfig:
         None, "bytes for the KV cache (default: a share of the free memory)", low=1
     )
     num_blocks: int | None = option(None, "number of KV blocks, instead of a size in bytes", low=1)
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory the engine may fill", low=0.0)
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory the engine may fill", low=0.0, high=1.0)
     enable_prefix_caching: bool = option(True, "keep and share the KV blocks of common prefixes")
 
 
@@ -103,7 +103,7 @@ class ServerConfig:
     """The HTTP side."""
 
     host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(8000, "port to listen on (0: any free one)", low=0)
+    port: int = option(8000, "port to listen on (0: any free one)", low=0, high=65535)
     api_key: str | None = option(None, "clients must send this key (default: any key is accepted)")
     served_model_name: list[str] = option([], "names of the base model in the API (default: the model as given)")
     chat_template: str | None = option(None, "file with a Jinja chat template, or the template itself")
@@ -132,6 +132,7 @@ class Option:
     help: str
     choices: tuple[str, ...]
     low: float | None
+    high: float | None
     metavar: str | None
     env: str | None
 
@@ -167,9 +168,11 @@ def _option(entry: dataclasses.Field, kind: Any) -> Option:
         (kind,) = typing.get_args(kind)
     default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
     more = entry.metadata
+    # What travels between the processes are 64-bit integers.
+    low, high = (-(2**63), 2**63 - 1) if kind is int else (None, None)
     return Option(
-        entry.name, kind, is_list, default, more.get("help", ""), tuple(more.get("choices", ())), more.get("low"),
-        more.get("metavar"), more.get("env"),
+        entry.name, kind, is_list, default, more.get("help", ""), tuple(more.get("choices", ())),
+        more.get("low", low), more.get("high", high), more.get("metavar"), more.get("env"),
     )  # fmt: skip
 
 
@@ -220,7 +223,20 @@ def _scalar(option: Option, value: Any, source: str) -> Any:
         raise ConfigError(f"{source} must be one of {', '.join(option.choices)}, not {text!r}")
     if option.low is not None and not value >= option.low:
         raise ConfigError(f"{source} must be at least {option.low}, not {text!r}")
+    if option.high is not None and not value <= option.high:
+        raise ConfigError(f"{source} must be at most {option.high}, not {text!r}")
+    if isinstance(value, str) and not _is_text(value):
+        raise ConfigError(f"{source} must be valid UTF-8 without NUL, not {text!r}")
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Bytes of a command line that are not UTF-8 arrive as lone surrogates, which no message can carry."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
 
 
 def config_file(path: str, known: Iterable[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tandem.errors import ConfigError, InvalidRequest, ModelError
+from tandem.hub import TOKENIZER_FILES, resolve_model
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -46,8 +47,8 @@ class Tokenizer:
 
         Raises ModelError where there is no usable tokenizer, ConfigError where the template file does not exist.
         """
-        where = Path(path)
-        if where.is_dir() and not any((where / name).exists() for name in _TOKENIZER_FILES):
+        where = resolve_model(path, revision, TOKENIZER_FILES)
+        if not any((where / name).exists() for name in _TOKENIZER_FILES):
             raise ModelError(f"{path} has no tokenizer (no tokenizer.json): copy it there or give --tokenizer DIR")
         # A tokenizer.json needs none of the per-model classes, whose lookup would pull torch into this process.
         import transformers
@@ -55,7 +56,7 @@ class Tokenizer:
         is_plain = (where / "tokenizer.json").exists()
         loader: Any = transformers.PreTrainedTokenizerFast if is_plain else transformers.AutoTokenizer
         try:
-            hf = loader.from_pretrained(path, revision=revision)
+            hf = loader.from_pretrained(where)
         except Exception as e:  # transformers raises whatever its files made it stumble over
             reason = str(e).strip().split("\n")[0]
             raise ModelError(f"cannot load the tokenizer of {path} ({reason}): give --tokenizer DIR_OR_HUB_ID") from e

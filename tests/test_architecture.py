@@ -21,7 +21,7 @@ LAYERS = [
     {"scheduler", "memory", "model", "finetune"},
     {"ops"},
     {"tokenizer", "telemetry"},
-    {"config"},
+    {"config", "hub"},
     {"work", "errors"},
 ]
 RANK = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -158,13 +158,16 @@ def _add_tokenizing(routes: APIRouter, serving: Serving) -> None:
                 bool(body.add_special_tokens),
             )  # fmt: skip
 
+        def answer() -> Response:
+            ids = encode()
+            strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+            return _json({
+                "count": len(ids), "max_model_len": serving.report.max_model_len, "tokens": ids, "token_strs": strings
+            })  # fmt: skip
+
         size = len(body.prompt or "") + sum(len(message["content"]) for message in messages)
         serving.check_size(size, False, "messages" if body.prompt is None else "prompt")
-        ids = await timely(http, encode)
-        strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
-        return _json({
-            "count": len(ids), "max_model_len": serving.report.max_model_len, "tokens": ids, "token_strs": strings
-        })  # fmt: skip
+        return await timely(http, answer)
 
     @routes.post("/detokenize", response_model=None, tags=["Tokenizer"])
     async def detokenize(body: DetokenizeRequest) -> Response:

@@ -52,7 +52,7 @@ class Load:
     max_concurrency: int | None = option(None, "requests open at once; later ones wait on this side", low=1)
     random_input_len: int = option(256, "prompt tokens of the random data set", low=1)
     random_output_len: int = option(64, "tokens to generate of the random data set", low=1)
-    random_range_ratio: float = option(0.0, "spread of the random lengths, 0 to 1", low=0.0)
+    random_range_ratio: float = option(0.0, "spread of the random lengths, 0 to 1", low=0.0, high=1.0)
     vocab_size: int = option(0, "draw random token ids below this (default: ids the server's /tokenize gives)", low=0)
     trace_scale: float = option(1.0, "divide a trace's lengths by this", low=1e-9)
     trace_speed: float = option(1.0, "replay a trace this many times as fast", low=1e-9)

@@ -25,7 +25,8 @@ from tandem.errors import ConfigError, TandemError
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "fastapi", "uvicorn", "pydantic", "msgspec", "pyzmq")
 ISA = {"avx2": "AVX2", "avx512f": "AVX512", "avx512_bf16": "BF16", "avx512_vnni": "VNNI", "amx_bf16": "AMX-BF16",
        "amx_int8": "AMX-INT8", "asimd": "NEON", "bf16": "BF16", "i8mm": "I8MM"}  # fmt: skip
-CPU_TORCH = "pip install --force-reinstall torch=={version} --index-url https://download.pytorch.org/whl/cpu"
+CPU_TORCH = "pip install --force-reinstall torch=={version} --index-url URL"
+CPU_INDEX = "URL is the index of CPU builds that pytorch.org names"
 GIB = 2**30
 
 
@@ -93,7 +94,7 @@ def torch_build(installed: object, nvidia: bool) -> Iterator[Finding]:
     if is_cuda and not nvidia:
         remove = f" && pip uninstall -y {' '.join(cuda_packages)} triton" if cuda_packages else ""
         advice = CPU_TORCH.format(version=plain) + remove
-        text = f"{version} is a CUDA build and there is no NVIDIA GPU; to save the space: {advice}"
+        text = f"{version} is a CUDA build and there is no NVIDIA GPU; {CPU_INDEX}; to save the space: {advice}"
         yield Finding("warn", "torch", text)
     elif nvidia and not is_cuda:
         yield Finding("warn", "torch", f"{version} cannot use the GPU of this machine; pip install torch=={plain}")

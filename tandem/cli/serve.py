@@ -44,6 +44,7 @@ def run(namespace: argparse.Namespace) -> int:
     """Serve until a signal or the engine's death. 0 after SIGTERM, 130 after Ctrl-C, 1 after the engine's death."""
     one_model(namespace)
     engine_config, server_config = options.resolve(namespace, EngineConfig, ServerConfig)
+    check_names(engine_config, server_config)
     return asyncio.run(_serve(engine_config, server_config))
 
 
@@ -64,6 +65,19 @@ def one_model(namespace: argparse.Namespace) -> None:
         raise options.UsageError(f"one model at a time, not {' and '.join(sorted(given))}")
     if given:
         namespace.model = given.pop()
+
+
+def check_names(engine_config: EngineConfig, config: ServerConfig) -> None:
+    """Raise ConfigError where a name would stand for two models; what the base was loaded from is a name of it too."""
+    model, served = engine_config.model.model, config.served_model_name
+    adapters = [module.partition("=")[0] for module in engine_config.adapters.lora_modules]
+    for flag, names in (("--served-model-name", served), ("--lora-modules", adapters)):
+        if "" in names:
+            raise ConfigError(f"{flag} has an empty name")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"{flag} names {', '.join(twice)} twice: choose different names")
+    if both := sorted({model, *served} & set(adapters)):
+        raise ConfigError(f"--lora-modules {', '.join(both)}: that is the base model's name, choose another")
 
 
 async def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -200,8 +214,13 @@ def _http_server(door: FrontDoor, config: ServerConfig) -> uvicorn.Server:
 
     return Server(
         uvicorn.Config(
-            door, log_level=config.uvicorn_log_level, root_path=config.root_path, access_log=False, lifespan="off",
-            timeout_graceful_shutdown=GRACE_S, server_header=False,
+            door,
+            log_level=config.uvicorn_log_level,
+            root_path=config.root_path,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=GRACE_S,
+            server_header=False,
         )  # fmt: skip
     )
 

@@ -201,10 +201,10 @@ class Worker:
         if not active:
             return None
         used = max(high for _, _, _, high in active)
-        mask_TR = torch.zeros(batch.tokens_T.shape[0], used, dtype=torch.bool)
+        foreign_TR = torch.ones(batch.tokens_T.shape[0], used, dtype=torch.bool)
         for start, stop, low, high in active:
-            mask_TR[start:stop, low:high] = True
-        return LoraBatch(mask_TR=mask_TR.to(self.device), layers=self.pool.view(used))
+            foreign_TR[start:stop, low:high] = False
+        return LoraBatch(foreign_TR=foreign_TR.to(self.device), layers=self.pool.view(used))
 
     def _prompt_logprobs(
         self, plan: StepPlan, rows: Mapping[int, RowInput], batch: batches.Batch, hidden_TD: Tensor

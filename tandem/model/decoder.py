@@ -28,12 +28,12 @@ MIN_ROWS = 4  # from here on a row's result does not depend on how many others t
 
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
-    """The adapters of one batch. mask_TR (bool) is true where rank row r belongs to the adapter of row t.
+    """The adapters of one batch. foreign_TR (bool) is true where rank row r is not of row t's adapter.
 
     layers: per layer, by target name, (a_RI, b_RO), the scaling already in b.
     """
 
-    mask_TR: Tensor
+    foreign_TR: Tensor
     layers: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
 
 
@@ -129,12 +129,12 @@ class Decoder:
     def _linear(self, name: str, x_TI: Tensor, weight: LinearWeight, lora: _LayerLora) -> Tensor:
         y_TO = self.kernels.linear(x_TI, weight)
         if lora is not None:
-            mask_TR, factors = lora
+            foreign_TR, factors = lora
             for module, (a_RI, b_RO) in factors.items():
                 target = self.targets[module]
                 if target.linear == name:
                     part = y_TO[:, target.offset : target.offset + target.out_features]
-                    self.kernels.lora(part, x_TI, a_RI, b_RO, mask_TR)
+                    self.kernels.lora(part, x_TI, a_RI, b_RO, foreign_TR)
         return y_TO
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -145,4 +145,4 @@ _LayerLora = tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]] | None
 
 
 def _of_layer(lora: LoraBatch | None, index: int) -> _LayerLora:
-    return None if lora is None or not lora.layers[index] else (lora.mask_TR, lora.layers[index])
+    return None if lora is None or not lora.layers[index] else (lora.foreign_TR, lora.layers[index])

@@ -1,8 +1,8 @@
 """safetensors on disk -> the decoder's parameters: fused, converted and packed one tensor at a time, so that loading
 needs hardly more memory than the model.
 
-Here: finding the files, checking names and shapes, building `Weights`. Not here: what the numbers do (`decoder.py`),
-LoRA files (`adapter.py`).
+Here: finding the files in a model's directory, checking names and shapes, building `Weights`. Not here: where that
+directory is (`tandem/hub.py`), what the numbers do (`decoder.py`), LoRA files (`adapter.py`).
 
 Shape letters: V vocabulary, D hidden size, O output features, I input features, H head_dim.
 """
@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tandem.errors import ModelError
+from tandem.hub import resolve_model as resolve_model
 from tandem.model.spec import ModelSpec
 from tandem.ops import Kernels
 from tandem.ops.linear import LinearWeight
 
 LOADABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt"]
 TIED_HEAD = "lm_head.weight"
 
 
@@ -58,29 +58,6 @@ class Weights:
     final_norm_D: Tensor
     lm_head: LinearWeight
     nbytes: int
-
-
-def resolve_model(name_or_path: str, revision: str | None = None) -> Path:
-    """The directory of a model: a path, or a hub id, of which only weights, configs and tokenizer are fetched."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists()
-    if looks_like_path:
-        raise ModelError(f"{name_or_path} is not a directory; give a Hugging Face model directory or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=HUB_FILES))
-    except HFValidationError as error:
-        raise ModelError(f"{name_or_path!r} is neither a directory nor a hub id: {error}") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{name_or_path!r} is no directory here, and the hub did not give it ({reason}); "
-            "check the name and the connection, or give the path of a downloaded model"
-        ) from None
 
 
 def load_weights(

@@ -23,8 +23,9 @@ class Load(NamedTuple):
     pairs: int = 0  # query x key pairs of longer segments
     samples: int = 0  # rows of the LM head and the sampler
 
-    def plus(self, start: int, length: int, samples: bool) -> Load:
-        """This load with one more segment of `length` tokens from position `start`."""
+    def plus(self, start: int, length: int, samples: int) -> Load:
+        """This load with one more segment of `length` tokens from position `start`, `samples` of which reach
+        the head."""
         context, pairs = self.context, self.pairs
         if length == 1:
             context += start + 1

@@ -27,6 +27,7 @@ class RunningRow(NamedTuple):
     version: int = 0
     wants_token: bool = True
     own_blocks: int = 0
+    scores: bool = False  # the log-probabilities of its prompt are wanted: every token costs a row of the head
 
 
 class WaitingRow(NamedTuple):
@@ -42,6 +43,7 @@ class WaitingRow(NamedTuple):
     idle_hit_blocks: int = 0
     version: int = 0
     wants_token: bool = True
+    scores: bool = False
 
 
 class Snapshot(NamedTuple):
@@ -107,17 +109,18 @@ class _Draft:
     def blocks(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_size)
 
-    def append(self, row: int, start: int, length: int, samples: bool) -> None:
+    def append(self, row: int, start: int, length: int, samples: bool, scores: bool) -> None:
         (self.short if length == 1 else self.long).append(Segment(row, start, length, samples))
-        self.load = self.load.plus(start, length, samples)
+        self.load = self.load.plus(start, length, samples + scores * length)
 
-    def largest_chunk(self, start: int, remaining: int, wants_token: bool) -> int:
+    def largest_chunk(self, start: int, remaining: int, wants_token: bool, scores: bool) -> int:
         """Most tokens from `start` that the token and time budgets allow; 0 if none. Blocks are not looked at."""
         most = min(remaining, self.limits.max_num_batched_tokens - self.load.tokens)
         fits, too_long = 0, most + 1
         probe = most  # the whole of it mostly fits; otherwise halve the interval
         while fits + 1 < too_long:
-            load = self.load.plus(start, probe, wants_token and probe == remaining)
+            samples = (wants_token and probe == remaining) + scores * probe
+            load = self.load.plus(start, probe, samples)
             if self.limits.cost.seconds(load) <= self.max_s:
                 fits = probe
             else:
@@ -184,9 +187,10 @@ def _prefill(draft: _Draft, running: list[RunningRow]) -> bool:
             continue
         held = draft.blocks(row.computed)
         roof = (held + draft.free_blocks) * block_size - row.computed
-        length = draft.largest_chunk(row.computed, min(remaining, roof), row.wants_token and roof >= remaining)
+        reaches_end = row.wants_token and roof >= remaining
+        length = draft.largest_chunk(row.computed, min(remaining, roof), reaches_end, row.scores)
         if length:
-            draft.append(row.row, row.computed, length, row.wants_token and length == remaining)
+            draft.append(row.row, row.computed, length, row.wants_token and length == remaining, row.scores)
             draft.free_blocks -= draft.blocks(row.computed + length) - held
         if length < remaining:
             return False
@@ -214,10 +218,10 @@ def _admit(draft: _Draft, running: list[RunningRow], waiting: tuple[WaitingRow, 
         if blocks > draft.free_blocks:
             return
         remaining = row.length - row.hit_tokens
-        length = draft.largest_chunk(row.hit_tokens, remaining, row.wants_token)
+        length = draft.largest_chunk(row.hit_tokens, remaining, row.wants_token, row.scores)
         if length == 0:
             return
-        draft.append(row.row, row.hit_tokens, length, row.wants_token and length == remaining)
+        draft.append(row.row, row.hit_tokens, length, row.wants_token and length == remaining, row.scores)
         draft.admit.append(row.row)
         num_running += 1
         if row.version:

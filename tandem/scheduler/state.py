@@ -176,6 +176,7 @@ class State:
                 r.version,
                 r.wants_token,
                 pool.num_own(r.row_id) if is_short else 0,
+                r.wants_prompt_logprobs,
             )
             for r in self._running
         )
@@ -296,7 +297,16 @@ class State:
         elif row.uses_cache:
             hit = pool.match(row.version, row.tokens)
             tokens, num_blocks, idle_blocks = hit.tokens, len(hit.blocks), hit.idle_blocks
-        return WaitingRow(row.row_id, len(row.tokens), tokens, num_blocks, idle_blocks, row.version, row.wants_token)
+        return WaitingRow(
+            row.row_id,
+            len(row.tokens),
+            tokens,
+            num_blocks,
+            idle_blocks,
+            row.version,
+            row.wants_token,
+            row.wants_prompt_logprobs,
+        )
 
     def _fork_parent(self, row: Row) -> Row | None:
         """The row whose blocks hold, or are going to hold, this one's prompt but for the last token, which a fork

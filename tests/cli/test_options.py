@@ -52,6 +52,27 @@ def test_lists_and_booleans():
     assert resolve("--disable-log-stats")[1].disable_log_stats is True
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lora-modules", "demo=/x"], "--lora-modules demo: that is the base model's name"),
+        (["org/m", "--lora-modules", "a=1", "org/m=/x"], "--lora-modules org/m: that is the base model's name"),
+        (["--served-model-name", "one", "two", "--lora-modules", "two=/x"], "--lora-modules two: that is the base"),
+        (["--lora-modules", "a=1", "b=2", "a=3"], "--lora-modules names a twice"),
+        (["--served-model-name", "one", "two", "one"], "--served-model-name names one twice"),
+        (["--lora-modules", "=/x"], "--lora-modules has an empty name"),
+    ],
+)
+def test_a_name_that_stands_for_two_models_is_refused_before_anything_starts(argv, words, monkeypatch):
+    monkeypatch.setattr(serve, "_serve", lambda *_: pytest.fail("it was started"))
+    with pytest.raises(ConfigError, match=words):
+        serve.run(parse(*argv)[0])
+
+
+def test_names_that_differ_pass():
+    serve.check_names(*resolve("--served-model-name", "one", "demo", "--lora-modules", "a=1", "b=1"))
+
+
 def test_flags_are_not_abbreviated():
     with pytest.raises(options.UsageError, match="unknown flag --max-num-s, did you mean --max-num-seqs"):
         parse("--max-num-s", "3")

@@ -197,11 +197,11 @@ def test_lora_of_two_adapters_equals_merged_weights(tiny_model: TinyModel, famil
         }
         for _ in spec.layers
     ]
-    mask_TR = torch.zeros(60, 2 * rank, dtype=torch.bool)
-    mask_TR[:20, :rank] = 1
-    mask_TR[20:40, rank:] = 1
+    foreign_TR = torch.ones(60, 2 * rank, dtype=torch.bool)
+    foreign_TR[:20, :rank] = False
+    foreign_TR[20:40, rank:] = False
     names = ["first", "second", "neither"]
-    found = Paged(load_decoder(path)).step(dict.fromkeys(names, tokens), LoraBatch(mask_TR, layers))
+    found = Paged(load_decoder(path)).step(dict.fromkeys(names, tokens), LoraBatch(foreign_TR, layers))
     for index, name in enumerate(names):
         model = tiny_models.oracle(path)
         rows = slice(index * rank, (index + 1) * rank)

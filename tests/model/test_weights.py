@@ -15,7 +15,7 @@ from torch import Tensor
 from tandem import ops
 from tandem.errors import ModelError
 from tandem.model.spec import load_spec
-from tandem.model.weights import Weights, expected_shapes, load_weights, resolve_model
+from tandem.model.weights import Weights, expected_shapes, load_weights
 from tandem.ops.linear import unpack
 
 TinyModel = Callable[[str], Path]
@@ -183,13 +183,3 @@ def test_expected_shapes_are_those_of_the_checkpoint(tiny_model: TinyModel) -> N
     for family in ("llama-bias", "llama-tied", "qwen3", "gemma2", "phi3", "smollm3"):
         saved = {name: tuple(t.shape) for name, t in load_file(tiny_model(family) / FILE).items()}
         assert expected_shapes(load_spec(tiny_model(family))) == saved, family
-
-
-def test_resolve_model(tiny_model: TinyModel, tmp_path: Path) -> None:
-    assert resolve_model(str(tiny_model("llama"))) == tiny_model("llama")
-    with pytest.raises(ModelError, match="not a directory"):
-        resolve_model(str(tmp_path / "nowhere"))
-    with pytest.raises(ModelError, match="neither a directory nor a hub id"):
-        resolve_model("what is this?")
-    with pytest.raises(ModelError, match="give the path of a downloaded model"):
-        resolve_model("nobody/nothing-that-exists")  # the tests run with the hub switched off

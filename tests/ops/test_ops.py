@@ -178,15 +178,15 @@ def test_gated_activations_and_softcap() -> None:
 def test_lora_keeps_adapters_apart(dtype: torch.dtype) -> None:
     """Rows of adapter 0 (rank 2), of adapter 1 (rank 3) and of none, into a slice of a wider tensor."""
     x, a, b = torch.randn(6, 10).to(dtype), torch.randn(5, 10).to(dtype), torch.randn(5, 7).to(dtype)
-    mask = torch.zeros(6, 5, dtype=torch.bool)
-    mask[:2, :2] = 1
-    mask[2:4, 2:] = 1
+    foreign = torch.ones(6, 5, dtype=torch.bool)
+    foreign[:2, :2] = False
+    foreign[2:4, 2:] = False
     wide = torch.randn(6, 20).to(dtype)
     expected = wide.float()
     expected[:2, 4:11] += x[:2].float() @ a[:2].float().T @ b[:2].float()
     expected[2:4, 4:11] += x[2:4].float() @ a[2:].float().T @ b[2:].float()
     untouched = wide[4:].clone()
-    lora(wide[:, 4:11], x, a, b, mask)
+    lora(wide[:, 4:11], x, a, b, foreign)
     torch.testing.assert_close(wide.float(), expected, rtol=2e-2, atol=1e-5 if dtype == torch.float32 else 0.3)
     assert torch.equal(wide[4:], untouched)
 
@@ -195,10 +195,10 @@ def test_lora_that_overflows_stays_with_its_own_rows() -> None:
     x, b = torch.ones(4, 8), torch.ones(4, 3)
     a = torch.ones(4, 8)
     a[:2] = 3e38
-    mask = torch.zeros(4, 4, dtype=torch.bool)
-    mask[0, :2] = mask[1, 2:] = True
+    foreign = torch.ones(4, 4, dtype=torch.bool)
+    foreign[0, :2] = foreign[1, 2:] = False
     y = torch.zeros(4, 3)
-    lora(y, x, a, b, mask)
+    lora(y, x, a, b, foreign)
     assert y[0].isinf().all() and torch.equal(y[1], torch.full((3,), 16.0)) and not y[2:].any()
 
 

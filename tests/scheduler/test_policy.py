@@ -60,6 +60,13 @@ def test_a_segment_samples_only_at_the_end_of_a_row_that_wants_a_token(row, expe
     assert plan(Snapshot((row,), (), 40), limits()).segments == (expected,)
 
 
+def test_prompt_tokens_that_are_scored_cost_a_row_of_the_head_each():
+    cost = CostModel(points=((1, 1.0), (2, 1.0)), per_context_s=0, per_pair_s=0, per_sample_s=1.0)
+    for scores, chunk in ((False, 30), (True, 4)):  # 2 s of decode: 6 s in all, 4 s of scores
+        running = (decode(0), RunningRow(1, 32, 2, scores=scores, wants_token=False))
+        assert lengths(plan(Snapshot(running, (), 40), limits(cost=cost))) == {0: 1, 1: chunk}
+
+
 def test_without_decodes_only_the_token_limit_holds():
     made = plan(Snapshot((), (WaitingRow(0, 20), WaitingRow(1, 20), WaitingRow(2, 20)), 40), limits(cost=LINEAR))
     assert lengths(made) == {0: 20, 1: 12} and made.admit == (0, 1)
