@@ -3,8 +3,8 @@
     python bench/border.py [--streams 16] [--tokens 200] [--rounds 3]
 
 Starts a server, streams from it with many clients at once, and reads the processor time of the HTTP process from the
-operating system; the engine's side of the border (encoding a step's news, sending it, and the receiving end's socket too) is timed on
-its own.
+operating system; the engine's side of the border (encoding a step's news and sending it, the receiving socket included)
+is timed on its own.
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ from tandem.engine import batch as batches
 from tandem.engine import sampler
 from tandem.engine.sampler import Draw
 from tandem.errors import BudgetError, ConfigError
+from tandem.hub import resolve_model
 from tandem.memory import arena
 from tandem.model.adapter import AdapterWeights, read_adapter
 from tandem.model.decoder import Decoder, LoraBatch
 from tandem.model.spec import load_spec, targets
-from tandem.model.weights import load_weights, resolve_model
+from tandem.model.weights import load_weights
 from tandem.work import EngineReport, SamplingParams, Segment, StepPlan, StepResult, TopLogprobs
 
 SCORED_ROWS = 64  # prompt tokens whose log-probabilities are computed at once

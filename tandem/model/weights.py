@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tandem.errors import ModelError
-from tandem.hub import resolve_model as resolve_model
 from tandem.model.spec import ModelSpec
 from tandem.ops import Kernels
 from tandem.ops.linear import LinearWeight
