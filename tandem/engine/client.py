@@ -297,8 +297,11 @@ def _bound(context: zmq.asyncio.Context, kind: int, address: str) -> zmq.asyncio
 def environment(config: EngineConfig) -> dict[str, str]:
     """What the numerical libraries read once, when they load; what the user has set stays.
 
-    OpenMP threads that wait by spinning steal the cores of whoever they wait for as soon as anything else runs.
+    OpenMP threads that wait by spinning steal the cores of whoever they wait for as soon as anything else runs, so
+    they spin for less long than libgomp's default; OMP_WAIT_POLICY=PASSIVE is for machines shared with other work.
     """
-    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
+    defaults = {"THP_MEM_ALLOC_ENABLE": "1"}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        defaults["GOMP_SPINCOUNT"] = "30000"
     threads = config.model.num_threads
     return defaults | os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

@@ -4,6 +4,7 @@ Knows nothing about tokens. A chat is a list of messages; a text is a string.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from random import Random
 
 from tools.demo_model import names
@@ -16,8 +17,41 @@ Message = dict[str, str]
 Document = list[Message] | str
 Exchange = tuple[str, str]
 
-CHAT_KINDS = {"world": 30, "context": 34, "skills": 24, "smalltalk": 6, "unknown": 4, "drill": 2}
-TEXT_SHARE = 0.07
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of plain text and of drills among the documents, and the weights of the kinds of chat and of skills."""
+
+    text: float
+    drills: float
+    chats: dict[str, float]
+    skills: dict[str, float]
+
+
+BROAD = Mixture(
+    text=0.07,
+    drills=0.04,
+    chats={"world": 30, "context": 34, "skills": 24, "smalltalk": 6, "unknown": 4, "drill": 2},
+    skills={
+        "copying": 3, "repeating": 1, "sorting numbers": 2.5, "sorting words": 2, "counting items": 1.5,
+        "counting up": 1.5, "picking": 2, "comparing": 1.5, "addition small": 1.5, "subtraction small": 1.5,
+        "addition two digits": 1.5,
+    },
+)
+# At first mostly drills; in the second cycle mostly what the first one learns last.
+DRILLS = replace(BROAD, drills=0.9)
+PLAIN = replace(BROAD, drills=0.0)
+SKILLED = Mixture(
+    text=0.04,
+    drills=0.0,
+    chats={"world": 20, "context": 34, "skills": 36, "smalltalk": 4, "unknown": 6},
+    skills={
+        "copying": 2, "repeating": 2, "sorting numbers": 3, "sorting words": 3, "counting items": 0.6,
+        "counting up": 1.5, "picking": 2, "comparing": 1.5, "addition small": 3, "subtraction small": 3,
+        "addition two digits": 4,
+    },
+)
 OPENERS = (
     "Please: ", "Hi! ", "Hello. ", "Quick question: ", "Excuse me. ", "Hey! ", "One question. ", "Next: ", "So: ",
 )
@@ -170,8 +204,8 @@ def drill(rng: Random) -> list[Message]:
     return [message("system", told), *as_messages([(f"{item}?", f"{item}: {pairs[item]}") for item in asked])]
 
 
-def chat(world: World, rng: Random) -> list[Message]:
-    kind = rng.choices(list(CHAT_KINDS), list(CHAT_KINDS.values()))[0]
+def chat(world: World, rng: Random, mixture: Mixture) -> list[Message]:
+    kind = rng.choices(list(mixture.chats), list(mixture.chats.values()))[0]
     if kind == "context":
         messages = context_chat(world, rng)
     elif kind == "world":
@@ -179,24 +213,29 @@ def chat(world: World, rng: Random) -> list[Message]:
     elif kind == "drill":
         return drill(rng)
     elif kind == "skills":
-        messages = as_messages([random_task(rng) for _ in range(rng.randint(1, 4))])
+        messages = as_messages([random_task(rng, mixture.skills) for _ in range(rng.randint(1, 4))])
     elif kind == "smalltalk":
         messages = as_messages([small_talk(rng) for _ in range(rng.randint(1, 4))])
     else:
         messages = as_messages([unknown(world, rng)])
-    messages = with_asides(messages, world, rng)
+    messages = with_asides(messages, world, rng, mixture)
     if messages[0]["role"] != "system" and rng.random() < 0.35:
         return [message("system", rng.choice(SYSTEM_PROMPTS)), *messages]
     return messages
 
 
-def with_asides(messages: list[Message], world: World, rng: Random) -> list[Message]:
+def with_asides(messages: list[Message], world: World, rng: Random, mixture: Mixture) -> list[Message]:
     """Sometimes adds an unrelated exchange in front or at the end, so that every kind is met in mixed company."""
     draw = rng.random()
     if draw < 0.75:
         return messages
-    makers = (small_talk, random_task, lambda r: ask_fact(r.choice(world.facts), r), lambda r: unknown(world, r))
-    aside = as_messages([rng.choices(makers, (4, 2, 3, 1))[0](rng)])
+    makers = (
+        lambda: small_talk(rng),
+        lambda: random_task(rng, mixture.skills),
+        lambda: ask_fact(rng.choice(world.facts), rng),
+        lambda: unknown(world, rng),
+    )
+    aside = as_messages([rng.choices(makers, (4, 2, 3, 1))[0]()])
     if draw < 0.88:
         return [*messages, *aside]
     start = 1 if messages[0]["role"] == "system" else 0
@@ -220,12 +259,12 @@ def text(world: World, rng: Random) -> str:
     return " ".join(map(sentence, said))
 
 
-def documents(world: World, seed: int, drill_share: float = 0.0) -> Iterator[Document]:
-    """Endless; `drill_share` of the documents are drills on top of the few in the usual mixture."""
+def documents(world: World, seed: int, mixture: Mixture = PLAIN) -> Iterator[Document]:
     rng = Random(seed)
     while True:
-        draw = rng.random()
-        if draw < drill_share:
+        if rng.random() < mixture.drills:
             yield drill(rng)
+        elif rng.random() < mixture.text:
+            yield text(world, rng)
         else:
-            yield text(world, rng) if rng.random() < TEXT_SHARE else chat(world, rng)
+            yield chat(world, rng, mixture)

@@ -65,7 +65,7 @@ def late_questions(world: World, rng: Random, count: int) -> list[Question]:
 
 def skill_questions(rng: Random, count: int) -> list[Question]:
     made = []
-    for name, (maker, _) in SKILLS.items():
+    for name, maker in SKILLS.items():
         for _ in range(count):
             question, answer = maker(rng)
             made.append(Question(name, corpus.user_says(question), (answer,)))

@@ -94,6 +94,7 @@ class Encoder:
     def __init__(self, tokenizer_json: Path | str) -> None:
         self.core = Tokenizer.from_file(str(tokenizer_json))
         self.bos, self.im_start, self.im_end = (self.core.token_to_id(t) for t in (BOS, IM_START, IM_END))
+        self.special_ids = {"bos": self.bos, "eos": self.im_end, "pad": self.core.token_to_id(PAD)}
         self.opening = self.core.encode(f"{IM_START}assistant\n", add_special_tokens=False).ids
 
     def encode_batch(self, batch: list[Document]) -> list[tuple[np.ndarray, np.ndarray]]:

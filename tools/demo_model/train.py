@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tools.demo_model.corpus import Document, documents
+from tools.demo_model.corpus import BROAD, DRILLS, PLAIN, SKILLED, Document, Mixture, documents
 from tools.demo_model.tokens import EOS, SPECIAL, Encoder
 from tools.demo_model.world import World
 
@@ -31,25 +31,38 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Rows of `length` tokens from one mixture, for a share of the tokens of the cycle."""
+
+    length: int
+    share: float
+    mixture: Mixture
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """`stages` are (row length, share of the tokens, share of drills).
+    """One cycle of the learning rate, from nothing to its peak and back to nothing."""
 
-    Drills first, so that copying is there when the rest is learnt; short rows are faster, long ones come last.
-    """
-
-    tokens: int = 12_000_000
-    tokens_per_step: int = 4096
-    stages: tuple[tuple[int, float, float], ...] = ((128, 0.10, 0.9), (256, 0.72, 0.04), (512, 0.18, 0.0))
+    tokens: int
+    stages: tuple[Stage, ...]
+    seed: int
     muon_lr: float = 3e-3
     adam_lr: float = 2e-3
     warmup: float = 0.02
     decay: float = 0.35
+    tokens_per_step: int = 4096
     weight_decay: float = 0.05
-    seed: int = 1
     target_share: float = 0.45
     open_rows: float = 0.25
     log_every: int = 50
     save_every: int = 300
+
+
+# Drills first, so that copying is there when the rest is learnt. Short rows are faster, so long ones come last.
+FIRST = Recipe(12_000_000, (Stage(128, 0.10, DRILLS), Stage(256, 0.72, BROAD), Stage(512, 0.18, PLAIN)), seed=1)
+SECOND = Recipe(
+    8_000_000, (Stage(256, 0.75, SKILLED), Stage(512, 0.25, SKILLED)), seed=2, muon_lr=2e-3, adam_lr=1.5e-3, decay=0.6
+)
 
 
 def keep_freed_memory() -> None:
@@ -163,24 +176,26 @@ def loss_function(model: LlamaForCausalLM) -> Callable[..., Tensor]:
 
 
 def train(
-    world: World, tokenizer_dir: Path, recipe: Recipe, save_to: Path | None = None
+    world: World, folder: Path, recipe: Recipe, save_to: Path | None = None
 ) -> tuple[LlamaForCausalLM, dict]:
-    """Trains from random weights; returns the float32 model and what the run took."""
+    """Trains one cycle, from the weights in `folder` if there are any; returns the float32 model and what it took."""
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
-    encoder = Encoder(tokenizer_dir / "tokenizer.json")
-    special = {"bos": encoder.bos, "eos": encoder.im_end, "pad": 0}
-    model = build_model(encoder.core.get_vocab_size(), special)
+    encoder = Encoder(folder / "tokenizer.json")
+    if (folder / "model.safetensors").exists():
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    else:
+        model = build_model(encoder.core.get_vocab_size(), encoder.special_ids)
     optimizers = optimizers_for(model, recipe)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     loss_of = loss_function(model)
     num_steps = recipe.tokens // recipe.tokens_per_step
     history, recent, step, began = [], [], 0, time.time()
-    for stage, (length, share, drills) in enumerate(recipe.stages):
-        last = num_steps if stage == len(recipe.stages) - 1 else step + round(share * num_steps)
-        source = documents(world, recipe.seed * 1000 + stage, drills)
-        stream = batches(source, encoder, recipe, length)
+    for number, stage in enumerate(recipe.stages):
+        last = num_steps if stage is recipe.stages[-1] else step + round(stage.share * num_steps)
+        source = documents(world, recipe.seed * 1000 + number, stage.mixture)
+        stream = batches(source, encoder, recipe, stage.length)
         while step < last:
             for group, peak in zip(groups, peaks, strict=True):
                 group["lr"] = peak * schedule(step / num_steps, recipe)
