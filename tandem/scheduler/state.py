@@ -232,17 +232,10 @@ class State:
             return None
         else:
             finish_reason = "length"
-        if row.reported:
-            return TokenEvent(
-                request_id=row.request.request_id,
-                index=row.index,
-                token_id=token_id,
-                logprob=result.logprobs.get(row.row_id),
-                finish_reason=finish_reason,
-                stop_token=stop_token,
-            )
-        prompt_logprobs = row.prompt_logprobs if row.wants_prompt_logprobs else None
-        assert prompt_logprobs is None or len(prompt_logprobs) == row.num_prompt - 1
+        is_first, prompt_logprobs = not row.reported, None
+        if row.wants_prompt_logprobs:
+            prompt_logprobs = row.prompt_logprobs
+            assert len(prompt_logprobs) == row.num_prompt - 1
         row.reported = True
         return TokenEvent(
             request_id=row.request.request_id,
@@ -251,7 +244,7 @@ class State:
             logprob=result.logprobs.get(row.row_id),
             finish_reason=finish_reason,
             stop_token=stop_token,
-            cached_tokens=row.cached_tokens,
+            cached_tokens=row.cached_tokens if is_first else 0,
             prompt_logprobs=prompt_logprobs,
         )
 
