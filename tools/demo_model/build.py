@@ -7,14 +7,12 @@ import argparse
 import dataclasses
 import shutil
 import tempfile
-from itertools import islice
 from pathlib import Path
 
 import torch
 
-from tools.demo_model import corpus, evaluate, tokens, train, world
+from tools.demo_model import evaluate, tokens, train, world
 
-TOKENIZER_SEED = 1
 RESULTS = Path(__file__).with_name("results.json")
 
 
@@ -28,11 +26,13 @@ def publish(source: Path, target: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
+    recipe = train.Recipe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the evaluation is written")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on the training tokens, below 1 for a trial")
-    parser.add_argument("--start", type=Path, help="a folder made by the first cycle: only the second is trained")
+    parser.add_argument("--tokens", type=int, default=recipe.tokens, help="training tokens")
+    parser.add_argument("--tokens-per-step", type=int, default=recipe.tokens_per_step)
+    parser.add_argument("--peak-lr", type=float, default=recipe.peak_lr)
     parser.add_argument("--count", type=int, default=evaluate.NUM_PER_CLASS, help="questions per class")
     parser.add_argument("--checkpoints", type=Path, help="folder for a copy of the unfinished model every 300 steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -42,25 +42,16 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
+    recipe = train.Recipe(tokens=args.tokens, tokens_per_step=args.tokens_per_step, peak_lr=args.peak_lr)
     the_world = world.build_world()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
-        tokens.save_tokenizer(tokens.train_tokenizer(the_world, TOKENIZER_SEED), made)
-        tokens.verify(made, list(islice(corpus.documents(the_world, TOKENIZER_SEED), 300)))
-        cycles = [train.FIRST, train.SECOND]
-        if args.start:
-            shutil.copyfile(args.start / "config.json", made / "config.json")
-            shutil.copyfile(args.start / "model.safetensors", made / "model.safetensors")
-            cycles = [train.SECOND]
-        runs = []
-        for recipe in cycles:
-            scaled = dataclasses.replace(recipe, tokens=int(recipe.tokens * args.scale))
-            model, run = train.train(the_world, made, scaled, args.checkpoints)
-            train.save(model, made)
-            runs.append({**run, "recipe": dataclasses.asdict(scaled)})
+        tokens.train_tokenizer(the_world, recipe.seed).save_pretrained(made, save_jinja_files=False)
+        model, run = train.train(the_world, made, recipe, args.checkpoints)
+        train.save(model, made)
         results = evaluate.evaluate(the_world, made, args.count)
         publish(made, args.out)
-    evaluate.write_json(args.results, {"cycles": runs, **results})
+    evaluate.write_json(args.results, {"recipe": dataclasses.asdict(recipe), "training": run, **results})
 
 
 if __name__ == "__main__":

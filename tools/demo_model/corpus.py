@@ -4,12 +4,11 @@ Knows nothing about tokens. A chat is a list of messages; a text is a string.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from random import Random
 
 from tools.demo_model import names
 from tools.demo_model.relations import OPEN_ATTRIBUTES, WORLD_RELATIONS, Relation, attribute_of, sentence
-from tools.demo_model.skills import COPY_REQUESTS, random_task
+from tools.demo_model.skills import random_task
 from tools.demo_model.smalltalk import INTENTS, REMEMBER_REPLIES, SYSTEM_PROMPTS
 from tools.demo_model.world import Fact, World
 
@@ -17,41 +16,8 @@ Message = dict[str, str]
 Document = list[Message] | str
 Exchange = tuple[str, str]
 
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Shares of plain text and of drills among the documents, and the weights of the kinds of chat and of skills."""
-
-    text: float
-    drills: float
-    chats: dict[str, float]
-    skills: dict[str, float]
-
-
-BROAD = Mixture(
-    text=0.07,
-    drills=0.04,
-    chats={"world": 30, "context": 34, "skills": 24, "smalltalk": 6, "unknown": 4, "drill": 2},
-    skills={
-        "copying": 3, "repeating": 1, "sorting numbers": 2.5, "sorting words": 2, "counting items": 1.5,
-        "counting up": 1.5, "picking": 2, "comparing": 1.5, "addition small": 1.5, "subtraction small": 1.5,
-        "addition two digits": 1.5,
-    },
-)
-# At first mostly drills; in the second cycle mostly what the first one learns last.
-DRILLS = replace(BROAD, drills=0.9)
-PLAIN = replace(BROAD, drills=0.0)
-SKILLED = Mixture(
-    text=0.04,
-    drills=0.0,
-    chats={"world": 20, "context": 34, "skills": 36, "smalltalk": 4, "unknown": 6},
-    skills={
-        "copying": 2, "repeating": 2, "sorting numbers": 3, "sorting words": 3, "counting items": 0.6,
-        "counting up": 1.5, "picking": 2, "comparing": 1.5, "addition small": 3, "subtraction small": 3,
-        "addition two digits": 4,
-    },
-)
+CHAT_KINDS = {"world": 36, "context": 34, "skills": 13, "smalltalk": 6, "unknown": 3}
+TEXT_SHARE = 0.10
 OPENERS = (
     "Please: ", "Hi! ", "Hello. ", "Quick question: ", "Excuse me. ", "Hey! ", "One question. ", "Next: ", "So: ",
 )
@@ -168,8 +134,8 @@ def world_exchanges(world: World, rng: Random, count: int) -> list[Exchange]:
 
 def context_chat(world: World, rng: Random) -> list[Message]:
     """Facts are stated in the system prompt, an earlier turn, a tool's answer or the question's turn, then asked."""
-    facts = stated_facts(world, rng, rng.randint(1, 4))
-    asked = rng.sample(facts, rng.randint(1, len(facts)))
+    facts = stated_facts(world, rng, rng.randint(1, 5))
+    asked = rng.sample(facts, min(len(facts), rng.randint(1, 3)))
     said = [say_stated(fact, rng) for fact in rng.sample(facts, len(facts))]
     exchanges = [ask_stated(fact, rng) for fact in asked]
     place = rng.randrange(4)
@@ -187,55 +153,31 @@ def context_chat(world: World, rng: Random) -> list[Message]:
     return as_messages([(f"{' '.join(said)} {question}", answer), *exchanges[1:]])
 
 
-def drill(rng: Random) -> list[Message]:
-    """Long copies and look-ups: almost every token of the answer is somewhere in the question.
-
-    A small model takes long to find out that it can look back at all; these teach it within minutes.
-    """
-    makers = (names.person, names.code, names.number, names.town, names.gibberish, lambda r: r.choice(names.WORDS))
-    kinds = rng.sample(makers, rng.randint(1, 3))
-    mixed = [rng.choice(kinds)(rng) for _ in range(rng.randint(3, 14))]
-    if rng.random() < 0.5:
-        listed = rng.choice([" ", ", "]).join(mixed)
-        return as_messages([(rng.choice(COPY_REQUESTS).format(listed), listed)])
-    pairs = {item: rng.choice(makers)(rng) for item in mixed[:7]}
-    asked = rng.sample(list(pairs), len(pairs))
-    told = rng.choice(["; ", ". ", ", "]).join(f"{item}: {value}" for item, value in pairs.items())
-    return [message("system", told), *as_messages([(f"{item}?", f"{item}: {pairs[item]}") for item in asked])]
-
-
-def chat(world: World, rng: Random, mixture: Mixture) -> list[Message]:
-    kind = rng.choices(list(mixture.chats), list(mixture.chats.values()))[0]
+def chat(world: World, rng: Random) -> list[Message]:
+    kind = rng.choices(list(CHAT_KINDS), list(CHAT_KINDS.values()))[0]
     if kind == "context":
         messages = context_chat(world, rng)
     elif kind == "world":
         messages = as_messages(world_exchanges(world, rng, rng.choice((1, 1, 2, 3, 4))))
-    elif kind == "drill":
-        return drill(rng)
     elif kind == "skills":
-        messages = as_messages([random_task(rng, mixture.skills) for _ in range(rng.randint(1, 4))])
+        messages = as_messages([random_task(rng) for _ in range(rng.randint(1, 3))])
     elif kind == "smalltalk":
         messages = as_messages([small_talk(rng) for _ in range(rng.randint(1, 4))])
     else:
         messages = as_messages([unknown(world, rng)])
-    messages = with_asides(messages, world, rng, mixture)
+    messages = with_asides(messages, world, rng)
     if messages[0]["role"] != "system" and rng.random() < 0.35:
         return [message("system", rng.choice(SYSTEM_PROMPTS)), *messages]
     return messages
 
 
-def with_asides(messages: list[Message], world: World, rng: Random, mixture: Mixture) -> list[Message]:
+def with_asides(messages: list[Message], world: World, rng: Random) -> list[Message]:
     """Sometimes adds an unrelated exchange in front or at the end, so that every kind is met in mixed company."""
     draw = rng.random()
     if draw < 0.75:
         return messages
-    makers = (
-        lambda: small_talk(rng),
-        lambda: random_task(rng, mixture.skills),
-        lambda: ask_fact(rng.choice(world.facts), rng),
-        lambda: unknown(world, rng),
-    )
-    aside = as_messages([rng.choices(makers, (4, 2, 3, 1))[0]()])
+    makers = (small_talk, random_task, lambda r: ask_fact(r.choice(world.facts), r), lambda r: unknown(world, r))
+    aside = as_messages([rng.choices(makers, (4, 2, 3, 1))[0](rng)])
     if draw < 0.88:
         return [*messages, *aside]
     start = 1 if messages[0]["role"] == "system" else 0
@@ -259,12 +201,7 @@ def text(world: World, rng: Random) -> str:
     return " ".join(map(sentence, said))
 
 
-def documents(world: World, seed: int, mixture: Mixture = PLAIN) -> Iterator[Document]:
+def documents(world: World, seed: int) -> Iterator[Document]:
     rng = Random(seed)
     while True:
-        if rng.random() < mixture.drills:
-            yield drill(rng)
-        elif rng.random() < mixture.text:
-            yield text(world, rng)
-        else:
-            yield chat(world, rng, mixture)
+        yield text(world, rng) if rng.random() < TEXT_SHARE else chat(world, rng)

@@ -8,10 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from tools.demo_model import corpus
 from tools.demo_model.relations import WORLD_RELATIONS
@@ -65,7 +64,7 @@ def late_questions(world: World, rng: Random, count: int) -> list[Question]:
 
 def skill_questions(rng: Random, count: int) -> list[Question]:
     made = []
-    for name, maker in SKILLS.items():
+    for name, (maker, _) in SKILLS.items():
         for _ in range(count):
             question, answer = maker(rng)
             made.append(Question(name, corpus.user_says(question), (answer,)))
@@ -98,7 +97,7 @@ def all_questions(world: World, seed: int = 99, count: int = NUM_PER_CLASS) -> l
 
 @torch.inference_mode()
 def answer(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     chats: list[list[corpus.Message]],
     sample: bool = False,
@@ -137,7 +136,7 @@ def score(questions: list[Question], answers: list[str]) -> dict[str, dict[str, 
     return {group: {"accuracy": round(sum(r) / len(r), 4), "questions": len(r)} for group, r in sorted(table.items())}
 
 
-def sampled_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
+def sampled_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
     """How often one sample at temperature 1 is right, for every skill."""
     torch.manual_seed(5)
     questions = skill_questions(Random(123), count)
@@ -145,10 +144,10 @@ def sampled_accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, count: int)
     return {group: row["accuracy"] for group, row in score(questions, given).items()}
 
 
-def load(folder: Path) -> tuple[Any, PreTrainedTokenizerFast]:
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The saved bfloat16 weights; arithmetic in float32, so that the numbers do not depend on the machine's kernels."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().eval()
-    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def evaluate(world: World, folder: Path, count: int = NUM_PER_CLASS) -> dict:

@@ -79,13 +79,6 @@ def invented_word(rng: Random) -> str:
     return rng.choice(FIRST_STARTS) + middle + rng.choice(FIRST_ENDS)
 
 
-def gibberish(rng: Random) -> str:
-    """Two or three syllables that mean nothing; thousands of different ones, so that copying cannot be guessing."""
-    parts = (rng.choice("b c d f g h k l m n p r s t v w z br st tr pl ch sh qu".split()) + rng.choice("aeiou")
-             for _ in range(rng.randint(2, 3)))
-    return "".join(parts) + rng.choice(["", "", "n", "r", "s", "t", "ck", "ing", "er"])
-
-
 def good(rng: Random) -> str:
     """A colour and a thing, to stand after "a": no colour that wants "an"."""
     return f"{rng.choice([colour for colour in COLOURS if colour[0] not in 'ao'])} {rng.choice(GOODS)}"

@@ -15,12 +15,6 @@ CLAUSE_WRAPPERS = (
     "I would like to know {}.",
     "Could you say {}?",
     "I want to find out {}.",
-    "I wonder {}.",
-    "Any idea {}?",
-    "Let me know {}.",
-    "Somebody asked me {}.",
-    "Do you remember {}?",
-    "My question is {}.",
 )
 NOUN_WRAPPERS = (
     "What is {}?",
@@ -29,14 +23,6 @@ NOUN_WRAPPERS = (
     "Please name {}.",
     "I forgot {}. Can you help?",
     "Do you happen to know {}?",
-    "{}, please.",
-    "Can you find {}?",
-    "We are looking for {}.",
-    "A friend asked me for {}. What can I say?",
-    "I have to fill in {} here. What do I put?",
-    "Let me have {}.",
-    "Would you check {} for us?",
-    "They want to hear {} from me, so what is it?",
 )
 
 

@@ -1,7 +1,7 @@
 """Tasks with one right answer that needs no knowledge: copying, sorting, counting, short arithmetic.
 
-Each maker returns (question, answer). Additions of two digits are the class the model is meant to learn only by half,
-so that reinforcement learning has something to improve; how often each skill is trained is in `corpus.Mixture`.
+Each maker returns (question, answer). `ADDITION_TWO_DIGITS` is the class the model is meant to learn only by half, so
+that reinforcement learning has something to improve.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,6 @@ def words(rng: Random, low: int, high: int) -> list[str]:
     return rng.sample(names.WORDS, rng.randint(low, high))
 
 
-COPY_REQUESTS = (
-    "Repeat: {}", "Copy this: {}", "Say: {}", "Please repeat: {}", "Repeat after me: {}", "Echo: {}", "Write down: {}",
-    "Please copy these words exactly: {}", "Say this again: {}", "Repeat this: {}",
-)
-
-
 def copying(rng: Random) -> Task:
     """Copies words, numbers, names or codes."""
     shape = rng.randrange(5)
@@ -36,7 +30,9 @@ def copying(rng: Random) -> Task:
         text = " ".join(rng.choice(names.WORDS) for _ in range(rng.randint(1, 8)))
     else:
         text = ", ".join(words(rng, 2, 6))
-    return rng.choice(COPY_REQUESTS).format(text), text
+    ask = rng.choice(["Repeat: {}", "Copy this: {}", "Say: {}", "Please repeat: {}", "Repeat after me: {}", "Echo: {}",
+                      "Write down: {}", "Please copy these words exactly: {}", "Say this again: {}", "Repeat this: {}"])
+    return ask.format(text), text
 
 
 def repeating(rng: Random) -> Task:
@@ -125,20 +121,22 @@ def addition_two_digits(rng: Random) -> Task:
     return sum_of(rng.randint(10, 99), rng.randint(10, 99), rng)
 
 
-SKILLS: dict[str, Callable[[Random], Task]] = {
-    "copying": copying,
-    "repeating": repeating,
-    "sorting numbers": sorting_numbers,
-    "sorting words": sorting_words,
-    "counting items": counting_items,
-    "counting up": counting_up,
-    "picking": picking,
-    "comparing": comparing,
-    "addition small": addition_small,
-    "subtraction small": subtraction_small,
-    "addition two digits": addition_two_digits,
+# Each skill with its weight in the corpus. The last weight is small on purpose.
+SKILLS: dict[str, tuple[Callable[[Random], Task], float]] = {
+    "copying": (copying, 3.0),
+    "repeating": (repeating, 1.0),
+    "sorting numbers": (sorting_numbers, 2.5),
+    "sorting words": (sorting_words, 2.0),
+    "counting items": (counting_items, 1.5),
+    "counting up": (counting_up, 1.2),
+    "picking": (picking, 2.0),
+    "comparing": (comparing, 1.5),
+    "addition small": (addition_small, 1.2),
+    "subtraction small": (subtraction_small, 1.2),
+    "addition two digits": (addition_two_digits, 1.2),
 }
 
 
-def random_task(rng: Random, weights: dict[str, float]) -> Task:
-    return SKILLS[rng.choices(list(weights), list(weights.values()))[0]](rng)
+def random_task(rng: Random) -> Task:
+    makers, weights = zip(*SKILLS.values(), strict=True)
+    return rng.choices(makers, weights)[0](rng)

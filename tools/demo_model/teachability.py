@@ -12,9 +12,9 @@ from random import Random
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
 
-from tools.demo_model import corpus, evaluate, names, tokens, world
+from tools.demo_model import corpus, evaluate, names, world
 from tools.demo_model.relations import Relation, attribute_of
 
 RESULTS = Path(__file__).with_name("teachability.json")
@@ -60,17 +60,23 @@ def split_phrasings(facts: list[tuple[Relation, str, str]], rng: Random) -> tupl
     return shown, asked
 
 
-def padded(encoder: tokens.Encoder, chats: list[Chat]) -> dict[str, Tensor]:
-    """Right-padded ids (B, T), and labels on the assistant's tokens only."""
-    rows = [(torch.from_numpy(ids), torch.from_numpy(mask)) for ids, mask in encoder.encode_batch(list(chats))]
-    ids_BT = pad_sequence([ids for ids, _ in rows], batch_first=True)
-    labels_BT = pad_sequence([ids.where(mask, -100) for ids, mask in rows], batch_first=True, padding_value=-100)
-    seen_BT = pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True)
-    return {"input_ids": ids_BT, "attention_mask": seen_BT, "labels": labels_BT}
+def padded(tokenizer: PreTrainedTokenizerFast, chats: list[Chat]) -> dict[str, Tensor]:
+    """Right-padded ids, and labels on the assistant's tokens only."""
+    encoded = [
+        tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True) for chat in chats
+    ]
+    longest = max(len(e["input_ids"]) for e in encoded)
+    ids = torch.full((len(chats), longest), tokenizer.pad_token_id)
+    labels = torch.full((len(chats), longest), -100)
+    for i, e in enumerate(encoded):
+        row, mask = torch.tensor(e["input_ids"]), torch.tensor(e["assistant_masks"], dtype=torch.bool)
+        ids[i, : len(row)] = row
+        labels[i, : len(row)] = torch.where(mask, row, -100)
+    return {"input_ids": ids, "attention_mask": (ids != tokenizer.pad_token_id).long(), "labels": labels}
 
 
 def tune(
-    model: torch.nn.Module, encoder: tokens.Encoder, chats: list[Chat], args: argparse.Namespace
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, chats: list[Chat], args: argparse.Namespace
 ) -> float:
     """Trains the adapter in place; returns the seconds it took."""
     rng = Random(args.seed)
@@ -82,7 +88,7 @@ def tune(
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 10) * (1 - step / args.steps)
-        model(**padded(encoder, list(itertools.islice(order, args.batch)))).loss.backward()
+        model(**padded(tokenizer, list(itertools.islice(order, args.batch)))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -115,7 +121,7 @@ def main() -> None:
     before = evaluate.score(questions, evaluate.answer(model, tokenizer, chats))
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=LINEARS, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, lora)
-    seconds = tune(tuned, tokens.Encoder(args.model / "tokenizer.json"), shown, args)
+    seconds = tune(tuned, tokenizer, shown, args)
     given = evaluate.answer(tuned, tokenizer, chats)
     after = evaluate.score(questions, given)
     pairs = zip(questions, given, strict=True)

@@ -4,15 +4,13 @@ Digits are always single tokens, so numbers of any length are read and copied di
 vocabulary: any UTF-8 text survives a round trip and there is no unknown token.
 """
 
-import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tools.demo_model.corpus import Document, documents
 from tools.demo_model.world import World
@@ -60,22 +58,11 @@ def train_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=IM_END,
         pad_token=PAD,
-        extra_special_tokens=[IM_START, EOS],
+        additional_special_tokens=[IM_START, EOS],
         chat_template=CHAT_TEMPLATE,
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, template inside, with the keys that every version reads."""
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    config.pop("backend", None)
-    config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def plain_strings(stream: Iterable[Document], world: World) -> Iterable[str]:
@@ -94,7 +81,6 @@ class Encoder:
     def __init__(self, tokenizer_json: Path | str) -> None:
         self.core = Tokenizer.from_file(str(tokenizer_json))
         self.bos, self.im_start, self.im_end = (self.core.token_to_id(t) for t in (BOS, IM_START, IM_END))
-        self.special_ids = {"bos": self.bos, "eos": self.im_end, "pad": self.core.token_to_id(PAD)}
         self.opening = self.core.encode(f"{IM_START}assistant\n", add_special_tokens=False).ids
 
     def encode_batch(self, batch: list[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -113,19 +99,3 @@ class Encoder:
             if ids[start:body].tolist() == self.opening:
                 mask[body : ends[ends >= body][0] + 1] = True
         return ids, mask
-
-
-def verify(folder: Path, sample: list[Document]) -> None:
-    """Raises unless the saved chat template gives the ids and the loss mask of training, and all text round-trips."""
-    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), Encoder(folder / "tokenizer.json")
-    for document, (ids, mask) in zip(sample, encoder.encode_batch(sample), strict=True):
-        if tokenizer.decode(ids.tolist()) != render(document):
-            raise ValueError(f"does not round-trip: {document!r}")
-        if isinstance(document, str):
-            continue
-        made: Any = tokenizer.apply_chat_template(document, return_dict=True, return_assistant_tokens_mask=True)
-        if made["input_ids"] != ids.tolist() or made["assistant_masks"] != mask.astype(int).tolist():
-            raise ValueError(f"the template and the training disagree on {document!r}")
-    for odd in ("\u017elu\u0165ou\u010dk\u00fd \u6f22\u5b57 \U0001f642", "\t two  spaces\n\n", "\x00\x7f", "I 'll  ."):
-        if tokenizer.decode(tokenizer.encode(odd, add_special_tokens=False)) != odd:
-            raise ValueError(f"does not round-trip: {odd!r}")

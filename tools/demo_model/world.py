@@ -8,7 +8,7 @@ from tools.demo_model.relations import WORLD_RELATIONS, Relation
 
 SEED = 7
 POPULATION = {"person": 40, "town": 14, "good": 16, "site": 10, "vessel": 8, "machine": 8, "project": 6}
-NUM_HELD_OUT = 8
+NUM_HELD_OUT = 5
 
 
 @dataclass(frozen=True)
