@@ -89,6 +89,29 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class TrainingConfig:
+    """Fine-tuning beside serving."""
+
+    slo_tpot_ms: float | None = option(
+        None, "time per output token that training must not break, in ms (default: twice that of one stream alone)",
+        low=0.0,
+    )  # fmt: skip
+    slo_ttft_ms: float = option(3000.0, "time to first token that training must not break, in ms", low=0.0)
+    train_step_ms: float = option(150.0, "longest that training keeps an arriving request waiting, in ms", low=1.0)
+    train_memory_bytes: int | None = option(
+        None, "bytes for what training keeps between forward and backward (default: a share of the free memory)", low=1
+    )
+    train_batch_tokens: int = option(1024, "tokens of training sequences that go through the layers together", low=1)
+    train_window: int | None = option(
+        None, "tokens of one training slice at most (default: what the time allows, up to 512)", low=1
+    )
+    share_forward: bool = option(True, "training tokens ride in the forward passes of serving")
+    deterministic: bool = option(
+        False, "train in fixed pieces apart from serving, so that the same job gives the same bits; slower"
+    )
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """All the engine process needs."""
 
@@ -96,6 +119,20 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True)
+class JobsConfig:
+    """Fine-tuning jobs, and what must survive a restart."""
+
+    state_dir: str = option("~/.tandem", "directory of uploaded files, checkpoints and adapters")
+    database_url: str | None = option(
+        None, "SQLAlchemy URL of the database, postgresql://... say (default: SQLite in the state directory)"
+    )
+    organization: str = option("tandem", "the organization in the names of fine-tuned models")
+    max_running_jobs: int = option(4, "jobs training at once; the others wait", low=1)
+    max_file_bytes: int = option(512 * 2**20, "largest uploaded file accepted, in bytes", low=1)
 
 
 @dataclass(frozen=True)
@@ -241,6 +278,18 @@ def _is_text(value: str) -> bool:
 
 def config_file(path: str, known: Iterable[str]) -> dict[str, Any]:
     """The entries of a YAML file by option name. ConfigError for an unreadable file or a key not in `known`."""
+    known, named = list(known), {}
+    for key, value in read_yaml(path).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"{path}: unknown option '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
+        named[name] = value
+    return named
+
+
+def read_yaml(path: str) -> dict[Any, Any]:
+    """The entries of a YAML file as it spells them. ConfigError where it cannot be read or holds something else."""
     import yaml
 
     try:
@@ -250,21 +299,18 @@ def config_file(path: str, known: Iterable[str]) -> dict[str, Any]:
         raise ConfigError(f"cannot read the config file {path}: {error}") from error
     if not isinstance(entries, dict):
         raise ConfigError(f"{path} must hold `option: value` lines, not a {type(entries).__name__}")
-    known, named = list(known), {}
-    for key, value in entries.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(f"{path}: unknown option '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
-        named[name] = value
-    return named
+    return entries
 
 
-def resolve(classes: tuple[type, ...], flags: Mapping[str, Any], path: str | None = None) -> list[Any]:
+def resolve(
+    classes: tuple[type, ...], flags: Mapping[str, Any], path: str | None = None, entries: Mapping[str, Any] | None = None
+) -> list[Any]:
     """One instance per class from `flags` (option name -> text or value), the environment, the file at `path` and
-    the defaults, in that order. ConfigError names where a bad value came from."""
+    the defaults, in that order. `entries`: the file's by option name, where it has been read already.
+    ConfigError names where a bad value came from."""
     known = options_of(*classes)
-    entries = config_file(path, known) if path else {}
+    if entries is None:
+        entries = config_file(path, known) if path else {}
     values = {}
     for name, opt in known.items():
         if name in flags:

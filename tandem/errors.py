@@ -2,13 +2,16 @@
 
     TandemError
     ├── InvalidRequest        400  the caller sent something that can never work (also a ValueError)
-    │   └── ContextTooLong    400  prompt or prompt + max_tokens does not fit the model or the cache
+    │   ├── ContextTooLong    400  prompt or prompt + max_tokens does not fit the model or the cache
+    │   └── DataError         400  a training file cannot be used; says which line and what to do
     ├── NotFound              404  no such model, adapter, job or file
     ├── Conflict              409  the name is taken, or the thing is in use
     ├── Overloaded            429  the queue is full or the predicted wait too long; carries retry_after seconds
     ├── ModelError                 a model or adapter directory cannot be run (names the field or tensor)
     ├── ConfigError                an option or environment variable is wrong
-    ├── BudgetError                weights or KV cache do not fit into the memory there is (exit code 5)
+    ├── BudgetError           400  weights, KV cache or a training run do not fit into the memory there is (exit code 5)
+    ├── Diverged                   a loss or gradient is no longer finite; the weights are those before that step
+    ├── Cancelled                  the training run was closed before this was done
     └── EngineDead            503  the engine process ended; the server is about to exit
 
 What a programmer can get wrong is an assert, not one of these.
@@ -39,6 +42,10 @@ class ContextTooLong(InvalidRequest):
     pass
 
 
+class DataError(InvalidRequest):
+    pass
+
+
 class NotFound(TandemError):
     status = 404
 
@@ -65,6 +72,14 @@ class ConfigError(TandemError, ValueError):
 
 
 class BudgetError(TandemError):
+    status = 400
+
+
+class Diverged(TandemError):
+    pass
+
+
+class Cancelled(TandemError):
     pass
 
 

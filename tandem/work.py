@@ -49,6 +49,65 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int = 0
 
 
+class Example(msgspec.Struct, frozen=True, array_like=True):
+    """One training sequence: at position i the model reads `tokens[i]` and should predict `targets[i]`.
+
+    `weights[i]` is what that prediction counts in the loss, sum(weight * -log p(target)); 0 leaves it out. All three
+    have the same length. A batch's mean loss is the caller's: weights divided by their sum over the batch.
+    """
+
+    tokens: list[int]
+    targets: list[int]
+    weights: list[float]
+
+
+class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The shape of an adapter to train. Names and meaning as in PEFT's LoraConfig; `("all-linear",)` is every target
+    the model has. A starts uniform as PEFT's (kaiming, a = sqrt(5)), B at zero; `seed` draws A and the dropout masks."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    use_rslora: bool = False
+    dropout: float = 0.0
+    seed: int = 0
+
+
+class AdamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One update by AdamW (torch's formula). `max_grad_norm` 0 does not clip."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+
+
+class Pass(msgspec.Struct, frozen=True, tag=True):
+    """Forward over some examples, and backward if it `learns`: gradients add up until the next Update."""
+
+    run_id: str
+    examples: list[Example]
+    learns: bool = True
+
+
+class Update(msgspec.Struct, frozen=True, tag=True):
+    """One optimiser step with the gradients added up so far, which are zero afterwards."""
+
+    run_id: str
+    params: AdamParams
+
+
+class Save(msgspec.Struct, frozen=True, tag=True):
+    """Write a run's adapter and its optimiser's state to a new directory."""
+
+    run_id: str
+    path: str
+
+
+TrainOp = Pass | Update | Save
+
 # ---------------------------------------------------------------- what one step does
 
 
@@ -57,8 +116,8 @@ class Segment:
     """One sequence's slice of the flat batch: `length` tokens from position `start`.
 
     `samples`: the logits of the last token are wanted (the slice reaches the end of what is known).
-    There is no phase: a decode is a segment of one token, a prefill chunk one of many, a training window will be one
-    that is learnt from.
+    There is no phase: a decode is a segment of one token, a prefill chunk one of many, a training window one of a row
+    below 0, whose activations are kept.
     """
 
     row: int
@@ -72,21 +131,45 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """A piece of training that runs between two forwards of serving.
+
+    kind: "forward" or "backward" (one layer, tokens start:stop of a microbatch), "loss" (of its tokens that count,
+    numbers start:stop) or "update" (parameters start:stop; `batch` is the run's version then).
+    """
+
+    kind: str
+    batch: int
+    layer: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """Everything one step does, in integers: replaying a list of plans replays the engine.
 
     `preempt`: rows that lose their blocks and return to the queue. `admit`: rows that leave the queue.
-    A plan never has both. `predicted_s` is the cost model's estimate in seconds.
+    A plan never has both. `predicted_s` is the cost model's estimate of the forward in seconds, `slices_s` of what
+    training does after it. `evicts_training`: the forwarding microbatch gives up its KV blocks.
     """
 
     segments: tuple[Segment, ...] = ()
     admit: tuple[int, ...] = ()
     preempt: tuple[int, ...] = ()
     predicted_s: float = 0.0
+    slices: tuple[Slice, ...] = ()
+    slices_s: float = 0.0
+    evicts_training: bool = False
 
     @property
     def num_tokens(self) -> int:
         return sum(s.length for s in self.segments)
+
+    @property
+    def requests(self) -> tuple[Segment, ...]:
+        """The segments of requests' rows, without those of training."""
+        return tuple(s for s in self.segments if s.row >= 0)
 
 
 class TopLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -152,6 +235,11 @@ class EngineStats(msgspec.Struct, kw_only=True):
     predicted_wait_s: float = 0.0
     running_adapters: list[str] = []
     waiting_adapters: list[str] = []
+    num_runs: int = 0
+    train_tokens: int = 0
+    train_s: float = 0.0
+    tpot_p95_s: float = 0.0
+    ttft_p95_s: float = 0.0
 
 
 class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,6 +261,9 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     batch_invariant: bool = False
     max_num_seqs: int = 0
+    hidden_size: int = 0
+    slo_tpot_s: float = 0.0
+    slo_ttft_s: float = 0.0
     eos_token_ids: list[int] = []
     kernels: str = ""
     adapter_names: list[str] = []
@@ -186,3 +277,34 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     path: str
     base_model: str = ""
+
+
+class RunReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A training run as the engine opened it. `step` counts the optimiser steps already in its weights; `bytes_needed`
+    is what it holds while it trains, beside the model's weights."""
+
+    run_id: str
+    num_parameters: int
+    step: int = 0
+    bytes_needed: int = 0
+
+
+class PassReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one forward_backward or forward over some examples found, summed over their positions with a weight.
+
+    `loss` is the sum of weight * -log p; `num_tokens` the positions, `num_correct` those whose target was the likeliest
+    token; `nll` the sum of -log p without weights, so that nll / num_tokens is the mean loss per trained token.
+    """
+
+    loss: float
+    nll: float
+    num_tokens: int
+    num_correct: int
+    seconds: float = 0.0
+
+
+class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimiser step: its number in the run, and the gradient's norm before clipping."""
+
+    step: int
+    grad_norm: float

@@ -27,7 +27,7 @@ LAYERS = [
 RANK = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 TORCH_ALLOWED = (
     "ops/", "model/", "finetune/", "memory/arena.py",
-    "engine/worker.py", "engine/batch.py", "engine/sampler.py", "engine/graphs.py",
+    "engine/worker.py", "engine/batch.py", "engine/sampler.py", "engine/trainer.py",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "fastapi")
 

@@ -6,25 +6,52 @@ No text, no HTTP, no processes: those are `tokenizer`, `api` and `engine/client`
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tandem.config import EngineConfig
+from tandem.engine.pace import Pace
 from tandem.engine.sampler import Draw
+from tandem.engine.training import Report, Training
 from tandem.engine.worker import RowInput, Worker
-from tandem.errors import ContextTooLong, InvalidRequest, Overloaded
+from tandem.errors import ContextTooLong, InvalidRequest, Overloaded, TandemError
 from tandem.memory.adapters import AdapterTable
 from tandem.memory.blocks import BlockPool
 from tandem.model.adapter import AdapterWeights
 from tandem.scheduler import budget, policy
 from tandem.scheduler.budget import Load, Measurement
 from tandem.scheduler.state import Row, State
-from tandem.work import Adapter, EngineReport, EngineStats, Request, SamplingParams, StepPlan, StepResult, TokenEvent
+from tandem.work import (
+    AdamParams,
+    Adapter,
+    EngineReport,
+    EngineStats,
+    Example,
+    LoraConfig,
+    Pass,
+    PassReport,
+    Request,
+    RunReport,
+    SamplingParams,
+    Save,
+    StepPlan,
+    StepResult,
+    TokenEvent,
+    TrainOp,
+    Update,
+    UpdateReport,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Steps kept for `plan_log`: a bad minute can be looked at afterwards.
 PLAN_LOG_STEPS = 4096
@@ -41,17 +68,22 @@ class Engine:
 
     def __init__(self, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> None:
         self.config = config
-        self.worker = Worker(config.model, config.cache, config.scheduler, config.adapters, on_progress)
+        self.worker = Worker(
+            config.model, config.cache, config.scheduler, config.adapters, config.training, on_progress
+        )
         self.blocks = BlockPool(self.worker.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching)
         self.adapters = AdapterTable(config.adapters.max_cpu_loras)
         self.state = State(self.worker.spec.eos_token_ids, self.worker.max_model_len)
+        cost = budget.fit([Measurement(Load(*load), seconds) for *load, seconds in self.worker.measure()])
         self.limits = policy.Limits(
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             block_size=config.cache.block_size,
             max_loras=config.adapters.max_loras,
-            cost=budget.fit([Measurement(Load(*load), seconds) for *load, seconds in self.worker.measure()]),
+            cost=cost,
         )
+        self.pace = Pace(config.training, cost)
+        self.training = Training(config.training, self.worker, self.blocks, self.adapters, cost)
         self.stats = EngineStats(blocks_total=self.blocks.num_total)
         self.plan_log: deque[tuple[StepPlan, float]] = deque(maxlen=PLAN_LOG_STEPS)
         self._seeds = random.Random(config.model.seed)  # of requests that bring none
@@ -65,10 +97,16 @@ class Engine:
             self.worker.report(),
             max_num_seqs=self.limits.max_num_seqs,
             adapter_names=self.adapters.names(),
+            slo_tpot_s=self.pace.tpot_s,
+            slo_ttft_s=self.pace.ttft_s,
         )
 
     @property
     def has_work(self) -> bool:
+        return self.is_serving or self.training.has_work
+
+    @property
+    def is_serving(self) -> bool:
         return self.state.num_running + self.state.num_waiting > 0
 
     # ------------------------------------------------------------ requests
@@ -85,6 +123,7 @@ class Engine:
         for row in rows:
             self.adapters.pin(version)
             self._arrived[row.row_id] = time.monotonic()
+            self.pace.arrive(row.row_id, self._arrived[row.row_id])
 
     def _check(self, request: Request) -> None:
         vocab, longest = self.worker.spec.vocab_size, self.worker.max_model_len
@@ -146,24 +185,47 @@ class Engine:
 
     # ------------------------------------------------------------ the step
 
-    def step(self) -> list[TokenEvent]:
-        """One iteration: everything that runs advances, within the plan's limits."""
-        plan = policy.plan(self.state.snapshot(self.blocks, self.limits), self.limits)
+    def step(self, deliver: Callable[[list[TokenEvent]], None] | None = None) -> list[TokenEvent]:
+        """One iteration: everything that runs advances, within the plan's limits. `deliver` gets the news as soon as
+        the forward pass is done, before the training slices; they are returned too."""
+        self.training.begin()
+        plan = policy.plan(self._snapshot(), replace(self.limits, train=self.training.limits))
+        self.training.reserve(plan)
         reservation = self.blocks.reserve(plan, self.state.rows)
+        result = self._forward(plan, reservation.copies)
+        events = self._commit(plan, result)
+        if deliver is not None:
+            deliver(events)
+        self.training.run(plan)
+        return events
+
+    def _snapshot(self) -> policy.Snapshot:
+        return self.state.snapshot(
+            self.blocks,
+            self.limits,
+            self.pace.slack_s(self.state.running, time.monotonic()),
+            self.training.view(),
+            self.training.num_blocks,
+        )
+
+    def _forward(self, plan: StepPlan, copies: Sequence[tuple[int, int]]) -> StepResult:
+        if not plan.segments:
+            return StepResult()
         rank_rows = self._activate(plan)
-        result = self.worker.step(plan, self._inputs(plan), reservation.copies, rank_rows)
-        return self._commit(plan, result)
+        inputs = self._inputs(plan) | self.training.inputs(plan)
+        return self.worker.step(plan, inputs, copies, rank_rows, self.training.recorder(plan))
 
     def _activate(self, plan: StepPlan) -> dict[int, tuple[int, int]]:
         """Rank rows of every adapter version in the plan; versions new to the pool are copied in."""
-        versions = sorted({self.state.row(segment.row).version for segment in plan.segments} - {0})
-        for load in self.adapters.reserve(versions):
+        versions = {self.state.row(segment.row).version for segment in plan.requests} | self.training.versions(plan)
+        active = sorted(versions - {0})
+        for load in self.adapters.reserve(active):
             self.worker.load_rows(load.version, load.lo, load.hi, self.adapters.num_rows)
-        return {version: self.adapters.rows(version) for version in versions}
+        return {version: self.adapters.rows(version) for version in active}
 
     def _inputs(self, plan: StepPlan) -> dict[int, RowInput]:
         inputs = {}
-        for segment in plan.segments:
+        for segment in plan.requests:
             row = self.state.row(segment.row)
             draw = Draw(
                 row.request.sampling, row.seed, row.index, row.tokens, row.num_prompt, self.worker.spec.eos_token_ids
@@ -174,11 +236,12 @@ class Engine:
         return inputs
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
-        rows = [self.state.row(segment.row) for segment in plan.segments]
+        rows = [self.state.row(segment.row) for segment in plan.requests]
         events, finished = self.state.commit(plan, result)
         events = self._with_queue_time([row for row in rows if row.row_id in plan.admit], result, events)
         for row in rows:
             self.blocks.commit(row.row_id, row.version, row.tokens, row.num_computed)
+        self.pace.commit(rows, finished, time.monotonic())
         self._release(finished)
         if plan.segments:
             self.limits = replace(self.limits, cost=self.limits.cost.corrected(plan.predicted_s, result.seconds))
@@ -187,7 +250,7 @@ class Engine:
         # What a preempted row computes again is no news.
         num_prompt_tokens = sum(
             max(0, min(segment.stop, row.num_prompt) - segment.start)
-            for row, segment in zip(rows, plan.segments, strict=True)
+            for row, segment in zip(rows, plan.requests, strict=True)
             if not row.preempted
         )
         self._count(plan, result, events, num_prompt_tokens)
@@ -213,6 +276,7 @@ class Engine:
         for row in rows:
             self._arrived.pop(row.row_id, None)
             self._queued.pop((row.request.request_id, row.index), None)
+            self.pace.forget(row.row_id)
             self.blocks.release(row.row_id)
             self._forget(self.adapters.unpin(row.version))
 
@@ -237,6 +301,8 @@ class Engine:
         stats.num_running, stats.num_waiting = self.state.num_running, self.state.num_waiting
         stats.blocks_used = self.blocks.num_used
         stats.predicted_wait_s = self._predicted_wait()
+        stats.ttft_p95_s, stats.tpot_p95_s = self.pace.p95_s(time.monotonic())
+        stats.num_runs, stats.train_tokens, stats.train_s = self.training.figures
         stats.running_adapters = self._adapter_names(self.state.running)
         stats.waiting_adapters = self._adapter_names(self.state.waiting)
         return stats
@@ -269,15 +335,110 @@ class Engine:
         """The idle integrity check: every block and pin accounted for. Raises AssertionError."""
         self.blocks.check()
         self.adapters.check()
-        if not self.has_work:
+        if not self.is_serving and not self.training.num_blocks:
             assert self.blocks.num_used == 0, f"{self.blocks.num_used} blocks leaked"
             assert self.adapters.num_pins == 0, f"{self.adapters.num_pins} adapter pins leaked"
 
+    # ------------------------------------------------------------ training
+
+    def check_run(self, lora: LoraConfig, longest: int) -> int:
+        """Bytes that a run with examples of up to `longest` tokens needs. Raises BudgetError, InvalidRequest."""
+        if longest > self.worker.max_model_len:
+            raise ContextTooLong(
+                f"sequences of {longest} tokens exceed the context of {self.worker.max_model_len}: lower max_seq_len",
+                "max_seq_len",
+            )
+        return self.worker.trainer.check(lora, longest)
+
+    def open_run(
+        self,
+        run_id: str,
+        lora: LoraConfig,
+        *,
+        init_from: str | None = None,
+        resume_from: str | None = None,
+        priority: int = 0,
+    ) -> RunReport:
+        """Begin a training run: fresh, from a PEFT directory of its shape, or where `save_run` left one. Raises
+        Conflict (the id is in use), InvalidRequest, ModelError, BudgetError."""
+        return self.training.open(run_id, lora, init_from, resume_from, priority)
+
+    def enqueue(self, op: TrainOp) -> int:
+        """Add an operation to its run's queue; `take_reports` has what came of it under the id returned. Raises
+        NotFound (no such run) and InvalidRequest."""
+        if isinstance(op, Pass):
+            self._check_examples(op)
+        return self.training.enqueue(op)
+
+    def close_run(self, run_id: str) -> None:
+        """End a run; what it has queued fails with Cancelled. Raises NotFound."""
+        self._forget(self.training.close(run_id))
+
+    def take_reports(self) -> list[tuple[int, Report]]:
+        """What has come of operations since the last call, by id."""
+        return self.training.take_reports()
+
+    def _check_examples(self, op: Pass) -> None:
+        vocab, longest = self.worker.spec.vocab_size, self.worker.max_model_len
+        if not op.examples:
+            raise InvalidRequest("there are no examples: send at least one", "examples")
+        for i, example in enumerate(op.examples):
+            length = len(example.tokens)
+            if not length or not length == len(example.targets) == len(example.weights):
+                raise InvalidRequest(
+                    f"example {i} has {length} tokens, {len(example.targets)} targets and {len(example.weights)} "
+                    "weights: give equally many of each, at least one",
+                    "examples",
+                )
+            if length > longest:
+                raise ContextTooLong(f"example {i} has {length} tokens, the context is {longest}", "examples")
+            if not all(0 <= t < vocab for ids in (example.tokens, example.targets) for t in ids):
+                raise InvalidRequest(f"example {i} has a token id outside the vocabulary of {vocab}", "examples")
+            if not all(math.isfinite(w) for w in example.weights):
+                raise InvalidRequest(f"example {i} has a weight that is not a finite number", "examples")
+
     # ------------------------------------------------------------ offline use
+
+    def forward_backward(self, run_id: str, examples: Sequence[Example]) -> PassReport:
+        """One pass, stepping until it is done."""
+        return self._finish(Pass(run_id, list(examples)))
+
+    def forward(self, run_id: str, examples: Sequence[Example]) -> PassReport:
+        """One pass without gradients, stepping until it is done."""
+        return self._finish(Pass(run_id, list(examples), learns=False))
+
+    def optim_step(self, run_id: str, params: AdamParams) -> UpdateReport:
+        """One optimiser step, stepping until it is done. Raises Diverged."""
+        return self._finish(Update(run_id, params))
+
+    def save_run(self, run_id: str, path: str | Path) -> None:
+        """Write the run to a new directory. Raises TandemError."""
+        self._finish(Save(run_id, str(path)))
+
+    def gradients(self, run_id: str) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+        """By (layer, target): the gradients of a_RI and b_RO (lora_B transposed, without scaling), float32."""
+        return _by_name(self.training.device_run(run_id).gradients)
+
+    def weights(self, run_id: str) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+        """By (layer, target): a_RI and b_RO, as `gradients`."""
+        return _by_name(self.training.device_run(run_id).weights)
+
+    def _finish(self, op: TrainOp) -> Any:
+        op_id = self.enqueue(op)
+        while True:
+            if self.has_work:
+                self.step()
+            else:
+                self.training.wait()
+            for done_id, report in self.take_reports():
+                if done_id == op_id:
+                    if isinstance(report, TandemError):
+                        raise report
+                    return report
 
     def run(self) -> Iterator[list[TokenEvent]]:
         """Step until nothing is left to do."""
-        while self.has_work:
+        while self.is_serving:
             yield self.step()
 
     def generate(
@@ -294,3 +455,7 @@ class Engine:
                 if event.index == 0 and event.token_id is not None and event.request_id in found:
                     found[event.request_id].append(event.token_id)
         return list(found.values())
+
+
+def _by_name(layers: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+    return {(index, name): pair for index, layer in enumerate(layers) for name, pair in layer.items()}

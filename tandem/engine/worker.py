@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from tandem import ops
-from tandem.config import DEMO_MODEL, AdapterConfig, CacheConfig, ModelConfig, SchedulerConfig
+from tandem.config import DEMO_MODEL, AdapterConfig, CacheConfig, ModelConfig, SchedulerConfig, TrainingConfig
 from tandem.engine import batch as batches
 from tandem.engine import sampler
 from tandem.engine.sampler import Draw
+from tandem.engine.trainer import Trainer
 from tandem.errors import BudgetError, ConfigError
 from tandem.hub import resolve_model
 from tandem.memory import arena
 from tandem.model.adapter import AdapterWeights, read_adapter
-from tandem.model.decoder import Decoder, LoraBatch
+from tandem.model.decoder import Decoder, LoraBatch, Record
 from tandem.model.spec import load_spec, targets
 from tandem.model.weights import load_weights
 from tandem.work import EngineReport, SamplingParams, Segment, StepPlan, StepResult, TopLogprobs
@@ -35,12 +36,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class RowInput:
-    """What the device must know of a row in this step. `scores`: its prompt's log-probabilities are wanted."""
+    """What the device must know of a row in this step. `scores`: its prompt's log-probabilities are wanted. Training
+    rows have no `draw`: nothing is sampled from them."""
 
     tokens: Sequence[int]
     blocks: Sequence[int]
     version: int
-    draw: Draw
+    draw: Draw | None = None
     scores: bool = False
 
 
@@ -53,6 +55,7 @@ class Worker:
         cache: CacheConfig,
         scheduler: SchedulerConfig,
         adapters: AdapterConfig,
+        training: TrainingConfig,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         start = time.perf_counter()
@@ -82,6 +85,7 @@ class Worker:
         self.pool = arena.AdapterPool(len(self.spec.layers), shapes, self.dtype, self.device)
         self.resident: dict[int, AdapterWeights] = {}
         self.batch_invariant = self._batch_invariant()
+        self.trainer = Trainer(self.decoder, self.device, training, str(model.model), adapters.max_lora_rank)
 
     def _plan_cache(self, cache: CacheConfig, scheduler: SchedulerConfig, asked_len: int | None) -> tuple[int, int]:
         """Number of blocks and the longest context. A length nobody asked for shrinks to what the memory holds."""
@@ -133,6 +137,7 @@ class Worker:
             kv_bytes=self.kv.nbytes,
             max_model_len=self.max_model_len,
             vocab_size=self.spec.vocab_size,
+            hidden_size=self.spec.hidden_size,
             batch_invariant=self.batch_invariant,
             eos_token_ids=list(self.spec.eos_token_ids),
             kernels=self.kernels.name,
@@ -164,8 +169,10 @@ class Worker:
         rows: Mapping[int, RowInput],
         copies: Sequence[tuple[int, int]] = (),
         rank_rows: Mapping[int, tuple[int, int]] | None = None,
+        recorder: Callable[[Mapping[int, int]], Record] | None = None,
     ) -> StepResult:
-        """Run one plan: block copies, one forward over all segments, sampling. `rank_rows`: version -> pool rows."""
+        """Run one plan: block copies, one forward over all segments, sampling. `rank_rows`: version -> pool rows.
+        `recorder` makes, of the rows' places in the flat batch, what keeps the activations of training rows."""
         start = time.perf_counter()
         batch = batches.build(
             plan,
@@ -176,11 +183,13 @@ class Worker:
             self.device,
         )
         self._prepare_blocks(batch, copies)
-        hidden_TD = self.decoder.forward(batch.tokens_T, batch.layout, self.caches, self._lora(batch, rank_rows or {}))
+        record = recorder(batch.starts) if recorder else None
+        lora = self._lora(batch, rank_rows or {})
+        hidden_TD = self.decoder.forward(batch.tokens_T, batch.layout, self.caches, lora, record)
         result = StepResult(prompt_logprobs=self._prompt_logprobs(plan, rows, batch, hidden_TD))
         if batch.sampling:
             logits_MV = self.decoder.logits(hidden_TD[batch.sample_rows_M])
-            draws = [rows[s.row].draw for s in batch.sampling]
+            draws = [draw for s in batch.sampling if (draw := rows[s.row].draw) is not None]
             tokens, reports = sampler.sample(logits_MV, draws)
             for segment, token, report in zip(batch.sampling, tokens, reports, strict=True):
                 result.tokens[segment.row] = token
@@ -213,8 +222,10 @@ class Worker:
         found: dict[int, list[TopLogprobs]] = {}
         for segment in plan.segments:
             row = rows[segment.row]
+            if not row.scores or row.draw is None:
+                continue
             last = min(segment.stop, row.draw.num_prompt - 1)
-            if not row.scores or segment.start >= last:
+            if segment.start >= last:
                 continue
             first = batch.starts[segment.row] - segment.start
             entries = found.setdefault(segment.row, [])

@@ -36,6 +36,7 @@ class AdapterTable:
         self._versions: dict[str, int] = {}  # what a name means to new requests
         self._pins: dict[int, int] = {}
         self._freed: list[int] = []
+        self._in_training: set[int] = set()  # versions without a name, whose factors change
         self._ranges: OrderedDict[int, tuple[int, int]] = OrderedDict()  # active, least recently used first
 
     @property
@@ -50,7 +51,7 @@ class AdapterTable:
     @property
     def num_pins(self) -> int:
         """Pins held by requests, over all versions."""
-        return sum(self._pins.values())
+        return sum(pins for version, pins in self._pins.items() if version not in self._in_training)
 
     def names(self) -> list[str]:
         """Names that new requests may use, oldest first."""
@@ -66,7 +67,7 @@ class AdapterTable:
         assert rank > 0
         old = self._versions.get(name, 0)
         leaves = bool(old) and not self._pins[old]
-        if len(self._adapters) - leaves >= self.max_resident:
+        if len(self._adapters) - len(self._in_training) - leaves >= self.max_resident:
             raise Conflict(
                 f"{len(self._adapters)} adapters are loaded, which is the limit: "
                 f"unload one first, or start with a larger --max-cpu-loras",
@@ -80,6 +81,25 @@ class AdapterTable:
         if leaves:
             self._free(old)
         return adapter
+
+    def begin_training(self, rank: int) -> int:
+        """A version for an adapter whose factors change: it has no name and no request ever gets it."""
+        adapter = Adapter(name="", version=self._next_version, rank=rank, path="")
+        self._next_version += 1
+        self._adapters[adapter.version] = adapter
+        self._pins[adapter.version] = 1
+        self._in_training.add(adapter.version)
+        return adapter.version
+
+    def end_training(self, version: int) -> list[int]:
+        """The reverse of `begin_training`. Returns the versions gone by this: that one."""
+        self._in_training.remove(version)
+        self._free(version)
+        return self.take_freed()
+
+    def outdate(self, version: int) -> None:
+        """The factors have changed: the next step that uses them copies them into the pool again."""
+        self._ranges.pop(version, None)
 
     def retire(self, name: str) -> list[int]:
         """Take the name away at once. Returns the versions gone by this: none while it is pinned.
@@ -156,7 +176,8 @@ class AdapterTable:
 
     def check(self) -> None:
         """Recount everything. Raises AssertionError if names, pins, residents and rows disagree."""
-        assert self._pins.keys() == self._adapters.keys() and len(self._adapters) <= self.max_resident
+        assert self._pins.keys() == self._adapters.keys() and self._in_training <= self._adapters.keys()
+        assert len(self._adapters) - len(self._in_training) <= self.max_resident
         assert all(self._adapters[v].name == name for name, v in self._versions.items())
         current = set(self._versions.values())
         assert all(pins >= 0 for pins in self._pins.values())

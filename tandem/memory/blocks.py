@@ -114,6 +114,11 @@ class BlockPool:
         refs = self._refs
         return sum(refs[b] == 1 for b in self._tables[row_id].blocks)
 
+    def num_held(self, row_id: int) -> int:
+        """Blocks of a row; 0 for one without a table."""
+        table = self._tables.get(row_id)
+        return len(table.blocks) if table is not None else 0
+
     def table(self, row_id: int) -> list[int]:
         """Blocks of a row in order of position. The list is the pool's own: it grows with the row; do not change it."""
         return self._tables[row_id].blocks
@@ -144,6 +149,12 @@ class BlockPool:
             while len(blocks) * size < segment.start + segment.length:
                 blocks.append(self._take())
         return Reservation(copies)
+
+    def hold(self, row_id: int, num_tokens: int) -> None:
+        """Give a training row all its blocks at once. Needs as many free ones; nobody else ever shares them."""
+        table = self._tables.setdefault(row_id, _Table([]))
+        while len(table.blocks) * self.block_size < num_tokens:
+            table.blocks.append(self._take())
 
     def commit(self, row_id: int, version: int, tokens: Sequence[int], num_computed: int) -> None:
         """Make the row's full blocks of computed tokens findable. `tokens` are all the row's tokens so far.

@@ -63,10 +63,20 @@ class AdapterWeights:
         return sum(a.nbytes + b.nbytes for layer in self.layers for a, b in layer.values())
 
 
+def module_name(layer: int, target: str) -> str:
+    """A target's full name in transformers' models."""
+    return f"model.layers.{layer}.{_block(target)}.{target}"
+
+
 def read_adapter(
-    path: str | Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_rank: int
+    path: str | Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_rank: int,
+    scaled: bool = True,
 ) -> AdapterWeights:
-    """Read a PEFT directory for the model `spec` describes.
+    """Read a PEFT directory for the model `spec` describes. `scaled` False leaves the scaling out of b.
 
     Raises ModelError, naming file, field or tensor: no such directory, a field that changes the maths, a module that
     the model does not have, a shape that does not fit, a factor without its partner, a rank above `max_rank`.
@@ -82,7 +92,8 @@ def read_adapter(
         a_RI, b_OR = _check_pair(pair, layer, name, known[name].in_features, known[name].out_features, path)
         rank = a_RI.shape[0]
         largest = max(largest, rank)
-        b_RO = (b_OR.float().T * _scaling(config, layer, name, rank)).to(dtype).contiguous()
+        scaling = _scaling(config, layer, name, rank) if scaled else 1.0
+        b_RO = (b_OR.float().T * scaling).to(dtype).contiguous()
         if not (a_RI.to(dtype).isfinite().all() and b_RO.isfinite().all()):
             raise ModelError(f"{path}: layer {layer} {name} holds NaN or infinity once scaled by lora_alpha")
         layers[layer][name] = (a_RI.to(device, dtype), b_RO.to(device))
@@ -202,7 +213,7 @@ def _block(name: str) -> str:
 
 def _scaling(config: dict[str, Any], layer: int, name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; patterns match module names as in PEFT."""
-    module = f"model.layers.{layer}.{_block(name)}.{name}"
+    module = module_name(layer, name)
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -9,19 +9,19 @@ O output features, I input features, C features of a head, F rotary frequencies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
 from tandem.model.rope import RopeSpec, rope_frequencies
-from tandem.model.spec import LayerSpec, ModelSpec, targets
-from tandem.model.weights import LayerWeights, Weights
+from tandem.model.spec import ModelSpec, targets
+from tandem.model.weights import Weights
 from tandem.ops import Kernels
 from tandem.ops.attention import Layout, Reads
-from tandem.ops.linear import LinearWeight
 
 MIN_ROWS = 4  # from here on a row's result does not depend on how many others there are
 
@@ -37,13 +37,14 @@ class LoraBatch:
     layers: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What is the same in all layers of one forward."""
-
-    layout: Layout
-    reads: dict[int | None, Reads]
-    angles: dict[RopeSpec, tuple[Tensor, Tensor]]
+# cos and sin of every row's position, for each kind of rotary embedding that the model has.
+Angles = Mapping[RopeSpec, tuple[Tensor, Tensor]]
+# project(name of a linear, its input) -> its output, what the adapters add included.
+Project = Callable[[str, Tensor], Tensor]
+# attend(q_THC, k_TKC, v_TKC) -> [T, H, C].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# record(layer, name, tensor): the input of a layer ("input"; of layer L: what the final norm gets), a linear's output.
+Record = Callable[[int, str, Tensor], None]
 
 
 class Decoder:
@@ -65,17 +66,38 @@ class Decoder:
         self.embedding_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device=device)
 
     def forward(
-        self, tokens_T: Tensor, layout: Layout, caches: Sequence[Tensor], lora: LoraBatch | None = None
+        self,
+        tokens_T: Tensor,
+        layout: Layout,
+        caches: Sequence[Tensor],
+        lora: LoraBatch | None = None,
+        record: Record | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [T, D]. Keys and values of all rows are written to `caches`, one per
         layer, [2, num_blocks, K, block_size, head_dim]. T is at least 4, padding included."""
-        step = self._begin(layout, caches[0])
+        reads = {w: self.kernels.prepare_attention(layout, caches[0], w) for w in self.windows}
+        angles = self.angles(layout.positions_T)
+        x_TD = self.embed(tokens_T)
+        for index, cache in enumerate(caches):
+            if record is not None:
+                record(index, "input", x_TD)
+            project = partial(self._project, index, _of_layer(lora, index), record)
+            x_TD = self.layer(index, x_TD, angles, project, partial(self._attend, index, cache, layout, reads))
+        if record is not None:
+            record(len(caches), "input", x_TD)
+        return self.norm(x_TD, self.weights.final_norm_D)
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """Input of the first layer, [T, D]."""
         x_TD = embedding(tokens_T, self.weights.embedding_VD)
-        if self.embedding_scale is not None:
-            x_TD = x_TD * self.embedding_scale
-        for index, (layer, weights) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
-            x_TD = self._layer(x_TD, layer, weights, caches[index], step, _of_layer(lora, index))
-        return self._norm(x_TD, self.weights.final_norm_D)
+        return x_TD if self.embedding_scale is None else x_TD * self.embedding_scale
+
+    def angles(self, positions_T: Tensor) -> Angles:
+        """What `layer` wants to know of positions."""
+        return {
+            rope: self.kernels.rope_angles(positions_T, frequencies_F, rope.scale, self.dtype)
+            for rope, frequencies_F in self.frequencies.items()
+        }
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """float32 logits [M, V] of final hidden states."""
@@ -86,48 +108,54 @@ class Decoder:
             logits_MV = self.kernels.softcap(logits_MV, self.spec.final_softcap)
         return logits_MV
 
-    def _begin(self, layout: Layout, cache: Tensor) -> _Step:
-        reads = {w: self.kernels.prepare_attention(layout, cache, w) for w in self.windows}
-        angles = {
-            rope: self.kernels.rope_angles(layout.positions_T, frequencies_F, rope.scale, self.dtype)
-            for rope, frequencies_F in self.frequencies.items()
-        }
-        return _Step(layout, reads, angles)
-
-    def _layer(
-        self, x_TD: Tensor, layer: LayerSpec, weights: LayerWeights, cache: Tensor, step: _Step, lora: _LayerLora
-    ) -> Tensor:
-        attended_TD = self._attention(self._norm(x_TD, weights.input_norm), layer, weights, cache, step, lora)
+    def layer(self, index: int, x_TD: Tensor, angles: Angles, project: Project, attend: Attend) -> Tensor:
+        """One layer, [T, D] to [T, D]: the order of operations, for serving and for training alike."""
+        weights = self.weights.layers[index]
+        qkv_TO = project("qkv", self.norm(x_TD, weights.input_norm))
+        attended_TD = project("o", attend(*self.heads(index, qkv_TO, angles)).flatten(1))
         if weights.post_attention_norm is not None:
-            attended_TD = self._norm(attended_TD, weights.post_attention_norm)
+            attended_TD = self.norm(attended_TD, weights.post_attention_norm)
         x_TD = x_TD + attended_TD
-        gate_up_T2I = self._linear("gate_up", self._norm(x_TD, weights.pre_mlp_norm), weights.gate_up, lora)
-        down_TD = self._linear("down", self.gated(gate_up_T2I), weights.down, lora)
+        gate_up_T2I = project("gate_up", self.norm(x_TD, weights.pre_mlp_norm))
+        down_TD = project("down", self.gated(gate_up_T2I))
         if weights.post_mlp_norm is not None:
-            down_TD = self._norm(down_TD, weights.post_mlp_norm)
+            down_TD = self.norm(down_TD, weights.post_mlp_norm)
         return x_TD + down_TD
 
-    def _attention(
-        self, x_TD: Tensor, layer: LayerSpec, weights: LayerWeights, cache: Tensor, step: _Step, lora: _LayerLora
-    ) -> Tensor:
-        spec = self.spec
-        num_rotated = spec.num_heads + spec.num_kv_heads
-        heads_THC = self._linear("qkv", x_TD, weights.qkv, lora).view(len(x_TD), -1, spec.head_dim)
-        qk_THC, v_TKC = heads_THC.split((num_rotated, spec.num_kv_heads), 1)
+    def heads(self, index: int, qkv_TO: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention wants them, normed and rotated: [T, H, C], [T, K, C], [T, K, C]."""
+        spec, weights, rope = self.spec, self.weights.layers[index], self.spec.layers[index].rope
+        heads_THC = qkv_TO.view(len(qkv_TO), -1, spec.head_dim)
+        qk_THC, v_TKC = heads_THC.split((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
         if weights.q_norm is not None and weights.k_norm is not None:
             q_THC, k_TKC = qk_THC.split((spec.num_heads, spec.num_kv_heads), 1)
-            qk_THC = torch.cat((self._norm(q_THC, weights.q_norm), self._norm(k_TKC, weights.k_norm)), 1)
-        if layer.rope is not None:
-            qk_THC = self.kernels.rope(qk_THC, *step.angles[layer.rope])
+            qk_THC = torch.cat((self.norm(q_THC, weights.q_norm), self.norm(k_TKC, weights.k_norm)), 1)
+        if rope is not None:
+            qk_THC = self.kernels.rope(qk_THC, *angles[rope])
         q_THC, k_TKC = qk_THC.split((spec.num_heads, spec.num_kv_heads), 1)
-        attended_THC = self.kernels.attention(
-            q_THC, k_TKC, v_TKC, cache, step.layout,
-            scale=spec.query_scale, window=layer.window, softcap=spec.attn_softcap, reads=step.reads[layer.window],
-        )  # fmt: skip
-        return self._linear("o", attended_THC.flatten(1), weights.o, lora)
+        return q_THC, k_TKC, v_TKC
 
-    def _linear(self, name: str, x_TI: Tensor, weight: LinearWeight, lora: _LayerLora) -> Tensor:
-        y_TO = self.kernels.linear(x_TI, weight)
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, weight, self.spec.norm_eps, self.spec.norm_plus_one)
+
+    def _attend(
+        self,
+        index: int,
+        cache: Tensor,
+        layout: Layout,
+        reads: Mapping[int | None, Reads],
+        q_THC: Tensor,
+        k_TKC: Tensor,
+        v_TKC: Tensor,
+    ) -> Tensor:
+        window = self.spec.layers[index].window
+        return self.kernels.attention(
+            q_THC, k_TKC, v_TKC, cache, layout,
+            scale=self.spec.query_scale, window=window, softcap=self.spec.attn_softcap, reads=reads[window],
+        )  # fmt: skip
+
+    def _project(self, index: int, lora: _LayerLora, record: Record | None, name: str, x_TI: Tensor) -> Tensor:
+        y_TO = self.kernels.linear(x_TI, getattr(self.weights.layers[index], name))
         if lora is not None:
             foreign_TR, factors = lora
             for module, (a_RI, b_RO) in factors.items():
@@ -135,10 +163,9 @@ class Decoder:
                 if target.linear == name:
                     part = y_TO[:, target.offset : target.offset + target.out_features]
                     self.kernels.lora(part, x_TI, a_RI, b_RO, foreign_TR)
+        if record is not None:
+            record(index, name, y_TO)
         return y_TO
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.kernels.rms_norm(x, weight, self.spec.norm_eps, self.spec.norm_plus_one)
 
 
 _LayerLora = tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]] | None

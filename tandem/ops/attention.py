@@ -155,6 +155,33 @@ def attention(
     return out_THD
 
 
+def causal_attention(
+    q_BTHC: Tensor, k_BLKC: Tensor, v_BLKC: Tensor, *, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Attention of the last T of L positions of B sequences to their own keys, [B, T, H, C]. Differentiable.
+
+    No cache: what training uses. `window` and `softcap` as in `attention`.
+    """
+    batch, length, num_heads, head_dim = q_BTHC.shape
+    num_keys, num_kv_heads = k_BLKC.shape[1:3]
+    groups = num_heads // num_kv_heads
+    q = q_BTHC.view(batch, length, num_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    k = k_BLKC.transpose(1, 2).flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
+    v = v_BLKC.transpose(1, 2).flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
+    is_plain = length == num_keys and (window is None or num_keys <= window)
+    mask = None
+    if not is_plain:
+        keys_L = torch.arange(num_keys, device=q.device)
+        queries_T = num_keys - length + torch.arange(length, device=q.device)
+        allowed_TL = keys_L <= queries_T[:, None]
+        if window is not None:
+            allowed_TL &= keys_L > queries_T[:, None] - window
+        mask = _additive(allowed_TL, q.dtype)
+    attended = _attend(q, k, v, mask, is_plain, scale, softcap)
+    heads_first = attended.view(batch, num_kv_heads, groups, length, head_dim)
+    return heads_first.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def attention_reference(
     q_THD: Tensor,
     k_TKD: Tensor,

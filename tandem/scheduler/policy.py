@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from tandem.errors import ConfigError
 from tandem.scheduler.budget import CostModel, Load
+from tandem.scheduler.training import Training, TrainLimits, TrainView, fill
 from tandem.work import Segment, StepPlan
 
 
@@ -49,12 +50,17 @@ class WaitingRow(NamedTuple):
 class Snapshot(NamedTuple):
     """All that the policy sees. Both tuples are in order of (priority, arrival), most urgent first.
 
-    `free_blocks` are owned by no row, whether empty or holding an evictable prefix.
+    `free_blocks` are owned by no row, whether empty or holding an evictable prefix; the `train_blocks` of training,
+    which it gives up at any time, are among them. `slack_s`: how long this step may take at most, so that no running
+    row's mean time per output token exceeds its target.
     """
 
     running: tuple[RunningRow, ...] = ()
     waiting: tuple[WaitingRow, ...] = ()
     free_blocks: int = 0
+    slack_s: float = float("inf")
+    train: TrainView | None = None
+    train_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ class Limits:
     max_loras: int = 32
     cost: CostModel = field(default_factory=CostModel)
     max_stall_ratio: float = 3.0
+    train: TrainLimits = field(default_factory=TrainLimits)
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -82,15 +89,22 @@ def plan(snapshot: Snapshot, limits: Limits) -> StepPlan:
     """The next step: running decodes, then prompts begun, then admissions in queue order.
 
     While a decode is in the plan, the whole step is predicted to take at most `max_stall_ratio` times as long as its
-    decodes alone; chunks shrink to fit, to nothing if need be. What the budget still holds after the admissions is
-    where training segments go.
+    decodes alone; chunks shrink to fit, to nothing if need be. Training comes last, and only into steps without a
+    prompt: those are what somebody waits for.
     """
     draft = _Draft(limits, snapshot.free_blocks)
     kept = _decode(draft, snapshot.running)
     has_room = _prefill(draft, kept)
     if has_room and not draft.preempt:
         _admit(draft, kept, snapshot.waiting)
-    return draft.finished()
+    evicts = draft.free_blocks < snapshot.train_blocks
+    if snapshot.train is None or evicts or not has_room or draft.long or draft.admit or draft.preempt:
+        return draft.finished(Training(), evicts)
+    free = draft.free_blocks - snapshot.train_blocks
+    training = fill(
+        snapshot.train, limits.train, limits.cost, draft.load, snapshot.slack_s, free, limits.block_size
+    )  # fmt: skip
+    return draft.finished(training, False)
 
 
 class _Draft:
@@ -128,12 +142,17 @@ class _Draft:
             probe = (fits + too_long) // 2
         return fits
 
-    def finished(self) -> StepPlan:
+    def finished(self, training: Training, evicts_training: bool) -> StepPlan:
+        for segment in training.segments:
+            self.append(segment.row, segment.start, segment.length, False, False)
         return StepPlan(
             segments=(*self.short, *self.long),
             admit=tuple(self.admit),
             preempt=tuple(self.preempt),
             predicted_s=self.limits.cost.seconds(self.load),
+            slices=training.slices,
+            slices_s=training.slices_s,
+            evicts_training=evicts_training,
         )
 
 

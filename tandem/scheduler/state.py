@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from tandem.scheduler.policy import Limits, RunningRow, Snapshot, WaitingRow
+from tandem.scheduler.training import TrainView
 from tandem.work import Request, Segment, StepPlan, StepResult, TokenEvent, TopLogprobs
 
 
@@ -163,10 +164,17 @@ class State:
             self._remove(row)
         return rows
 
-    def snapshot(self, pool: Blocks, limits: Limits) -> Snapshot:
+    def snapshot(
+        self,
+        pool: Blocks,
+        limits: Limits,
+        slack_s: float = float("inf"),
+        train: TrainView | None = None,
+        train_blocks: int = 0,
+    ) -> Snapshot:
         """What the policy sees of the rows. Of the queue only as much as one step could admit: looking up prefixes for
         a thousand waiting rows would take longer than the step."""
-        free_blocks = pool.num_free
+        free_blocks = pool.num_free + train_blocks
         is_short = free_blocks < len(self._running)
         running = tuple(
             RunningRow(
@@ -180,7 +188,7 @@ class State:
             )
             for r in self._running
         )
-        return Snapshot(running, tuple(self._candidates(pool, limits)), free_blocks)
+        return Snapshot(running, tuple(self._candidates(pool, limits)), free_blocks, slack_s, train, train_blocks)
 
     def commit(self, plan: StepPlan, result: StepResult) -> tuple[list[TokenEvent], list[Row]]:
         """Apply a step that was run: moves between queue and running, progress, new tokens.
@@ -208,7 +216,7 @@ class State:
                 row.cached_tokens = parent.cached_tokens if parent else starts[row_id]
         events: list[TokenEvent] = []
         finished: list[Row] = []
-        for segment in plan.segments:
+        for segment in plan.requests:
             row = self._rows[segment.row]
             event = self._advance(row, segment, result)
             if event is not None:

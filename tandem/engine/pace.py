@@ -1,0 +1,74 @@
+"""How far the running requests are ahead of their latency targets, and what users have seen lately. Clock readings come
+in as numbers; nothing here measures or decides."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from tandem.config import TrainingConfig
+from tandem.scheduler.budget import CostModel, Load
+from tandem.scheduler.state import Row
+
+# The default target: so many times one stream's time per token alone.
+DEFAULT_SLOWDOWN = 2.0
+TYPICAL_CONTEXT = 512
+# Predictions miss; training aims at this share of the target.
+AIM = 0.92
+RECENT_S = 60.0
+REFRESH_S = 1.0
+
+
+class Pace:
+    """`tpot_s` and `ttft_s` are the targets in seconds."""
+
+    def __init__(self, config: TrainingConfig, cost: CostModel) -> None:
+        alone_s = cost.seconds(Load(tokens=1, context=TYPICAL_CONTEXT, samples=1))
+        self.tpot_s = DEFAULT_SLOWDOWN * alone_s if config.slo_tpot_ms is None else config.slo_tpot_ms / 1e3
+        self.ttft_s = config.slo_ttft_ms / 1e3
+        self._arrived: dict[int, float] = {}
+        self._first: dict[int, float] = {}
+        self._ttft: deque[tuple[float, float]] = deque()
+        self._tpot: deque[tuple[float, float]] = deque()
+        self._refreshed = float("-inf")
+        self._p95 = (0.0, 0.0)
+
+    def arrive(self, row: int, now: float) -> None:
+        self._arrived[row] = now
+
+    def forget(self, row: int) -> None:
+        self._arrived.pop(row, None)
+        self._first.pop(row, None)
+
+    def slack_s(self, rows: Sequence[Row], now: float) -> float:
+        """Seconds until the first of these rows must have its next token, if the mean time per token of each is to keep
+        its target."""
+        aim_s = AIM * self.tpot_s
+        return min(
+            (first + row.num_generated * aim_s - now for row in rows if (first := self._first.get(row.row_id))),
+            default=float("inf"),
+        )
+
+    def commit(self, rows: Sequence[Row], finished: Sequence[Row], now: float) -> None:
+        """Take in a step that ended now: rows that may have got a token, rows that are done."""
+        for row in rows:
+            if row.row_id not in self._first and row.num_generated:
+                self._first[row.row_id] = now
+                self._ttft.append((now, now - self._arrived.get(row.row_id, now)))
+        for row in finished:
+            if row.num_generated > 1 and (first := self._first.get(row.row_id)):
+                self._tpot.append((now, (now - first) / (row.num_generated - 1)))
+
+    def p95_s(self, now: float) -> tuple[float, float]:
+        """95th percentiles of the last minute: time to first token, mean time per output token of finished requests."""
+        if now - self._refreshed >= REFRESH_S:
+            self._refreshed = now
+            for recent in (self._ttft, self._tpot):
+                while recent and now - recent[0][0] > RECENT_S:
+                    recent.popleft()
+            self._p95 = (_p95([s for _, s in self._ttft]), _p95([s for _, s in self._tpot]))
+        return self._p95
+
+
+def _p95(values: list[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(0.95 * len(values)))] if values else 0.0

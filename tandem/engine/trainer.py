@@ -1,0 +1,359 @@
+"""The training side of one device: runs being trained, microbatches on their way, slices executed. Decides nothing.
+
+Which slice is next is in the plan (`scheduler/`); how a slice works is `model/gradients.py`. Here they meet the runs'
+factors, the losses and the optimiser.
+
+Shape letters: N tokens of a microbatch, M of them that count in the loss, D hidden size, R rank, I and O features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tandem.config import TrainingConfig
+from tandem.errors import BudgetError, InvalidRequest
+from tandem.finetune import checkpoint
+from tandem.finetune.losses import cross_entropy
+from tandem.finetune.run import LayerPairs, Run
+from tandem.memory import arena
+from tandem.model.adapter import AdapterWeights, module_name, read_adapter
+from tandem.model.decoder import Decoder, Record
+from tandem.model.gradients import KEPT, DenseLayer, Factors, Microbatch, TrainSequence, hash_64, logits
+from tandem.model.spec import targets
+from tandem.scheduler.progress import Batch
+from tandem.scheduler.training import LARGEST_WINDOW
+from tandem.work import AdamParams, Example, LoraConfig, Pass, PassReport, Segment, Slice, UpdateReport
+
+# What training keeps between forward and backward when nobody says: this share of the free memory, at most so much.
+FREE_SHARE = 0.25
+MOST_KEPT_BYTES = 6 * 2**30
+# The same on every machine, so that the same job gives the same bits.
+DETERMINISTIC_KEPT_BYTES = 2**30
+LARGEST_RATE = 1e3
+
+
+@dataclass(slots=True)
+class Slot:
+    """A run on the device: `layers` are its factors in the model's dtype, the scaling in b, as serving wants them."""
+
+    run: Run
+    layers: list[dict[str, tuple[Tensor, Tensor]]]
+    factors: list[dict[str, list[tuple[str, Factors]]]]
+    grad_norm: float = 0.0
+
+
+@dataclass(slots=True)
+class _Totals:
+    """What the loss slices of one operation add up to."""
+
+    loss: float = 0.0
+    nll: float = 0.0
+    num_tokens: int = 0
+    num_correct: int = 0
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A microbatch with what its loss needs: targets and weights of the M tokens that count, and whose they are."""
+
+    micro: Microbatch
+    counted_M: Tensor
+    targets_M: Tensor
+    weights_M: Tensor
+    ops_M: list[int]
+    rows: dict[int, tuple[int, Sequence[int]]] = field(default_factory=dict)  # row -> (its first token, token ids)
+
+
+class Trainer:
+    """Raises InvalidRequest, ModelError and BudgetError for runs that cannot be opened; Diverged from an update."""
+
+    def __init__(
+        self, decoder: Decoder, device: torch.device, config: TrainingConfig, base_model: str, max_rank: int
+    ) -> None:
+        self.decoder = decoder
+        self.device = device
+        self.config = config
+        self.base_model = base_model
+        self.max_rank = max_rank
+        self.targets = targets(decoder.spec)
+        self.slots: dict[int, Slot] = {}
+        self.dense = DenseLayer(decoder)
+        self._flights: dict[int, _Flight] = {}
+        self._totals: dict[int, _Totals] = {}
+        self._kept_bytes = config.train_memory_bytes or self._default_kept_bytes()
+
+    def _default_kept_bytes(self) -> int:
+        if self.config.deterministic:
+            return DETERMINISTIC_KEPT_BYTES
+        return min(int(arena.available_bytes(self.device, 1.0) * FREE_SHARE), MOST_KEPT_BYTES)
+
+    # ------------------------------------------------------------ runs
+
+    def shapes(self, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+        """(in, out) features of the targets that `lora` names, in the model's order. Raises InvalidRequest."""
+        if not 1 <= lora.rank <= self.max_rank:
+            raise InvalidRequest(f"rank must be 1 to {self.max_rank} (--max-lora-rank), not {lora.rank}", "rank")
+        if not 0.0 <= lora.dropout < 1.0:
+            raise InvalidRequest(f"dropout must be at least 0 and below 1, not {lora.dropout}", "dropout")
+        if not 0.0 < abs(lora.alpha) < LARGEST_RATE * self.max_rank:
+            raise InvalidRequest(f"alpha must be a number other than 0, not {lora.alpha}", "alpha")
+        named = set(lora.target_modules)
+        if "all-linear" in named:
+            named = named - {"all-linear"} | self.targets.keys()
+        if unknown := sorted(named - self.targets.keys()):
+            raise InvalidRequest(
+                f"target module {unknown[0]!r} does not exist in this model: use all-linear or some of "
+                f"{', '.join(self.targets)}",
+                "target_modules",
+            )
+        if not named:
+            raise InvalidRequest("target_modules is empty: use all-linear", "target_modules")
+        return {name: (t.in_features, t.out_features) for name, t in self.targets.items() if name in named}
+
+    def estimate(self, lora: LoraConfig, longest: int) -> int:
+        """Bytes that a run whose longest example has `longest` tokens holds while it trains: the least it can do
+        with."""
+        spec, size = self.decoder.spec, self.decoder.dtype.itemsize
+        parameters = len(spec.layers) * lora.rank * sum(i + o for i, o in self.shapes(lora).values())
+        window = min(longest, self.config.train_window or LARGEST_WINDOW)
+        inner = spec.intermediate_size
+        layer = spec.num_parameters // max(1, len(spec.layers))
+        return (
+            parameters * (16 + 2 * size)
+            + longest * self._input_bytes()
+            + longest * 4 * (spec.hidden_size + 2 * spec.kv_size)
+            + window * (8 * inner + 16 * spec.hidden_size) * max(size, 2)
+            + layer * size
+        )
+
+    def check(self, lora: LoraConfig, longest: int) -> int:
+        """`estimate`, or BudgetError where less is free."""
+        needed, free = self.estimate(lora, longest), arena.available_bytes(self.device, 1.0)
+        if needed > free:
+            raise BudgetError(
+                f"training with sequences of {longest} tokens at rank {lora.rank} needs {needed / 1e9:.2f} GB and "
+                f"{free / 1e9:.2f} GB are free: lower max_seq_len or rank, or free some memory"
+            )
+        return needed
+
+    def open(
+        self, version: int, lora: LoraConfig, init_from: str | None = None, resume_from: str | None = None
+    ) -> Run:
+        """Make or load a run. Raises InvalidRequest, ModelError."""
+        shapes = self.shapes(lora)
+        run = Run(lora, len(self.decoder.spec.layers), shapes, self.device)
+        if resume_from is not None:
+            checkpoint.restore(run, resume_from)
+        elif init_from is not None:
+            run.set_weights(self._unscaled(run, init_from))
+        working = [
+            {name: (torch.empty_like(a, dtype=self.decoder.dtype), torch.empty_like(b, dtype=self.decoder.dtype))
+             for name, (a, b) in layer.items()}
+            for layer in run.weights
+        ]  # fmt: skip
+        factors: list[dict[str, list[tuple[str, Factors]]]] = []
+        for layer, gradients in zip(working, run.gradients, strict=True):
+            by_linear: dict[str, list[tuple[str, Factors]]] = {}
+            for name, (a_RI, b_RO) in layer.items():
+                target = self.targets[name]
+                made = Factors(target.offset, a_RI, b_RO, *gradients[name], run.scaling)
+                by_linear.setdefault(target.linear, []).append((name, made))
+            factors.append(by_linear)
+        self.slots[version] = Slot(run, working, factors)
+        self._refresh(version)
+        return run
+
+    def _unscaled(self, run: Run, path: str) -> LayerPairs:
+        """A PEFT directory's factors in float32, if they have the run's shape. Raises ModelError, InvalidRequest."""
+        weights = read_adapter(path, self.decoder.spec, torch.float32, self.device, self.max_rank, scaled=False)
+        for layer in weights.layers:
+            found = {name: (a.shape[0], a.shape[1], b.shape[1]) for name, (a, b) in layer.items()}
+            if found != {name: (run.lora.rank, i, o) for name, (i, o) in run.shapes.items()}:
+                raise InvalidRequest(
+                    f"the adapter {path} has rank {weights.rank} and modules {', '.join(layer) or 'none'} in a layer; "
+                    f"training goes on from it only with the same rank and target modules in every layer",
+                    "model",
+                )
+        return weights.layers
+
+    def close(self, version: int) -> None:
+        del self.slots[version]
+        if not self.slots:
+            self.dense.drop()
+
+    def weights(self, version: int) -> AdapterWeights:
+        """A run's factors as the serving pool takes them; they change with every update."""
+        slot = self.slots[version]
+        return AdapterWeights(slot.run.lora.rank, tuple(slot.layers))
+
+    def _refresh(self, version: int) -> None:
+        slot = self.slots[version]
+        for mine, layer in zip(slot.layers, slot.run.weights, strict=True):
+            for name, (a_RI, b_RO) in layer.items():
+                mine[name][0].copy_(a_RI)
+                mine[name][1].copy_(b_RO * slot.run.scaling)
+
+    def save(self, version: int, path: str) -> None:
+        """Write a run to a new directory; its weights must not change meanwhile. Raises TandemError."""
+        checkpoint.save(self.slots[version].run, path, module_name, self.base_model)
+
+    # ------------------------------------------------------------ microbatches
+
+    def begin(self, batch: Batch) -> None:
+        """Make room for a microbatch; its first layer's input is computed."""
+        sequences: list[TrainSequence] = []
+        ids: list[int] = []
+        counted: list[int] = []
+        wanted: list[int] = []
+        weights: list[float] = []
+        ops: list[int] = []
+        rows: dict[int, tuple[int, Sequence[int]]] = {}
+        for row in batch.rows:
+            example, start = self._example(row.queued.op, row.index), len(ids)
+            slot = self.slots[row.run.version]
+            key = hash_64(slot.run.lora.seed, slot.run.num_passes)
+            slot.run.num_passes += batch.learns
+            dropout = slot.run.lora.dropout if batch.learns else 0.0
+            sequences.append(TrainSequence(start, start + row.length, slot.factors, dropout, key))
+            rows[row.row] = (start, example.tokens)
+            ids += example.tokens
+            for i, weight in enumerate(example.weights):
+                if weight:
+                    counted.append(start + i)
+                    wanted.append(example.targets[i])
+                    weights.append(weight)
+                    ops.append(row.queued.op_id)
+        with torch.no_grad():
+            micro = Microbatch(
+                self.decoder, self.dense, sequences, self._tensor(ids), self._kept_layers(len(ids)), batch.learns
+            )
+        counted_M, targets_M = self._tensor(counted), self._tensor(wanted)
+        weights_M = torch.tensor(weights, dtype=torch.float32, device=self.device)
+        self._flights[batch.batch_id] = _Flight(micro, counted_M, targets_M, weights_M, ops, rows)
+        for op_id in {row.queued.op_id for row in batch.rows}:
+            self._totals.setdefault(op_id, _Totals())
+
+    @staticmethod
+    def _example(op: object, index: int) -> Example:
+        assert isinstance(op, Pass)
+        return op.examples[index]
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _input_bytes(self) -> int:
+        """Bytes a token of the layers' inputs, the least that is kept."""
+        return (len(self.decoder.spec.layers) + 1) * self.decoder.spec.hidden_size * self.decoder.dtype.itemsize
+
+    def _kept_layers(self, num_tokens: int) -> int:
+        """How many layers also keep their linears' outputs: two microbatches are on their way at once."""
+        layer = self.decoder.weights.layers[0]
+        per_layer = sum(getattr(layer, name).out_features for name in KEPT) * self.decoder.dtype.itemsize
+        allowed = self._kept_bytes / 2
+        if not self.config.deterministic:
+            allowed = min(allowed, arena.available_bytes(self.device, 1.0) / 2)
+        left = allowed / num_tokens - self._input_bytes()
+        return max(0, min(len(self.decoder.spec.layers), int(left / per_layer)))
+
+    def batch_tokens(self) -> int:
+        """Tokens of a microbatch that the memory budget allows, at most as many as asked for."""
+        fits = int(self._kept_bytes / 2 / self._input_bytes())
+        return max(1, min(self.config.train_batch_tokens, fits))
+
+    def end(self, batch_id: int) -> None:
+        del self._flights[batch_id]
+
+    def restart(self, batch_id: int) -> None:
+        """Forget a microbatch's forward pass."""
+        self._flights[batch_id].micro.restart()
+
+    def tokens(self, batch_id: int, row: int) -> Sequence[int]:
+        """Token ids of a training row."""
+        return self._flights[batch_id].rows[row][1]
+
+    def recorder(self, batch_id: int, segments: Sequence[Segment], starts: Mapping[int, int]) -> Record:
+        """Keeps what a shared forward pass computes for the training rows among its segments; `starts[row]` is a row's
+        first place in the flat batch."""
+        flight = self._flights[batch_id]
+        spans = [
+            (starts[s.row], s.length, flight.rows[s.row][0] + s.start) for s in segments if s.row < 0
+        ]  # fmt: skip
+
+        def record(layer: int, name: str, tensor: Tensor) -> None:
+            for at, length, start in spans:
+                flight.micro.take(layer, name, start, tensor[at : at + length])
+
+        return record
+
+    # ------------------------------------------------------------ slices
+
+    def run(self, piece: Slice, params: AdamParams | None) -> float:
+        """Execute one slice; returns the seconds it took. `params` are an update's. Raises Diverged."""
+        start = time.perf_counter()
+        if piece.kind == "update":
+            assert params is not None
+            self._update(piece, params)
+        else:
+            flight = self._flights[piece.batch]
+            if piece.kind == "forward":
+                flight.micro.forward(piece.layer, piece.start, piece.stop)
+            elif piece.kind == "backward":
+                flight.micro.backward(piece.layer, piece.start, piece.stop)
+            else:
+                self._loss(flight, piece.start, piece.stop)
+        return time.perf_counter() - start
+
+    def _loss(self, flight: _Flight, start: int, stop: int) -> None:
+        micro, part = flight.micro, slice(start, stop)
+        hidden_ND = micro.input(micro.num_layers)
+        rows_M = flight.counted_M[part]
+        x_MD = hidden_ND[rows_M]
+        grad_MD = torch.empty_like(x_MD) if micro.learns else None
+        found = cross_entropy(
+            x_MD, flight.targets_M[part], flight.weights_M[part],
+            lambda x: logits(self.decoder, self.dense, x), self.decoder.spec.vocab_size, grad_MD,
+        )  # fmt: skip
+        if grad_MD is not None:
+            if micro.grad_ND is None:
+                micro.grad_ND = torch.zeros_like(hidden_ND)
+            micro.grad_ND[rows_M] = grad_MD
+        weighted = (found.nll_M * flight.weights_M[part]).tolist()
+        for op_id, nll, loss, best in zip(
+            flight.ops_M[part], found.nll_M.tolist(), weighted, found.is_best_M.tolist(), strict=True
+        ):
+            totals = self._totals[op_id]
+            totals.loss += loss
+            totals.nll += nll
+            totals.num_tokens += 1
+            totals.num_correct += best
+
+    def _update(self, piece: Slice, params: AdamParams) -> None:
+        slot = self.slots[piece.batch]
+        run = slot.run
+        if piece.start == 0:
+            slot.grad_norm = run.optimizer.norm(run.gradients_P)
+        run.optimizer.update(run.weights_P, run.gradients_P, piece.start, piece.stop, params, slot.grad_norm)
+        if piece.stop == run.num_parameters:
+            run.optimizer.step += 1
+            self._refresh(piece.batch)
+
+    def discard_gradients(self, version: int) -> None:
+        """Forget what passes have added up."""
+        self.slots[version].run.gradients_P.zero_()
+
+    def pass_report(self, op_id: int, seconds: float) -> PassReport:
+        """What a finished pass found."""
+        t = self._totals.pop(op_id, _Totals())
+        return PassReport(loss=t.loss, nll=t.nll, num_tokens=t.num_tokens, num_correct=t.num_correct, seconds=seconds)
+
+    def forget_op(self, op_id: int) -> None:
+        self._totals.pop(op_id, None)
+
+    def update_report(self, version: int) -> UpdateReport:
+        slot = self.slots[version]
+        return UpdateReport(step=slot.run.optimizer.step, grad_norm=slot.grad_norm)

@@ -1,0 +1,282 @@
+"""Training's side of the step: what could run, which blocks it holds, running a plan's slices, reports of what is done.
+
+The integers are in `scheduler/progress`, the tensors in `trainer`; here they meet the block pool and the adapter table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+
+from tandem.config import TrainingConfig
+from tandem.engine.worker import RowInput, Worker
+from tandem.errors import Cancelled, Conflict, Diverged, NotFound, TandemError
+from tandem.finetune.run import Run
+from tandem.memory.adapters import AdapterTable
+from tandem.memory.blocks import BlockPool
+from tandem.model.decoder import Record
+from tandem.scheduler.budget import CostModel
+from tandem.scheduler.progress import Batch, Progress, Queued
+from tandem.scheduler.training import TrainLimits, TrainRow, TrainView, first_guess, pairs_of
+from tandem.work import LoraConfig, Pass, PassReport, RunReport, Slice, StepPlan, TrainOp, Update, UpdateReport
+
+# What comes of an operation: None of a save.
+Report = PassReport | UpdateReport | TandemError | None
+
+
+class Training:
+    """All training runs of an engine."""
+
+    def __init__(
+        self, config: TrainingConfig, worker: Worker, blocks: BlockPool, adapters: AdapterTable, cost: CostModel
+    ) -> None:
+        spec = worker.spec
+        self.trainer = worker.trainer
+        self._worker = worker
+        self._blocks = blocks
+        self._adapters = adapters
+        self._progress = Progress(len(spec.layers), self.trainer.batch_tokens(), mixes=not config.deterministic)
+        head = spec.vocab_size * spec.hidden_size
+        layer = max(1, (spec.num_parameters - head) // len(spec.layers))
+        self.limits = TrainLimits(
+            step_s=config.train_step_ms / 1e3,
+            window=config.train_window,
+            share_forward=config.share_forward,
+            deterministic=config.deterministic,
+            cost=first_guess(cost, len(spec.layers), head / layer),
+        )
+        self._versions: dict[str, int] = {}
+        self._closing: set[int] = set()
+        self._began: dict[int, float] = {}
+        self._next_op = 1
+        self._reports: list[tuple[int, Report]] = []
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._saves: dict[int, tuple[str, Future[None]]] = {}  # operation -> run, what the thread makes of it
+        self._num_tokens = 0
+        self._seconds = 0.0
+
+    # ------------------------------------------------------------ runs and operations
+
+    def open(
+        self, run_id: str, lora: LoraConfig, init_from: str | None, resume_from: str | None, priority: int
+    ) -> RunReport:
+        if run_id in self._versions:
+            raise Conflict(f"the training run {run_id} is open already", "run_id")
+        needed = self.trainer.check(lora, 1)
+        version = self._adapters.begin_training(lora.rank)
+        try:
+            run = self.trainer.open(version, lora, init_from, resume_from)
+        except BaseException:
+            self._adapters.end_training(version)
+            raise
+        self._worker.install(version, self.trainer.weights(version))
+        self._versions[run_id] = version
+        self._progress.open(run_id, version, run.num_parameters, priority, may_ride=lora.dropout == 0)
+        return RunReport(
+            run_id=run_id, num_parameters=run.num_parameters, step=run.optimizer.step, bytes_needed=needed
+        )
+
+    def device_run(self, run_id: str) -> Run:
+        """The run's tensors. Raises NotFound."""
+        return self.trainer.slots[self._version(run_id)].run
+
+    def _version(self, run_id: str) -> int:
+        if run_id not in self._versions:
+            raise NotFound(f"there is no open training run {run_id}", "run_id")
+        return self._versions[run_id]
+
+    def enqueue(self, op: TrainOp) -> int:
+        self._version(op.run_id)
+        op_id, self._next_op = self._next_op, self._next_op + 1
+        self._progress.enqueue(op_id, op)
+        self._began[op_id] = time.monotonic()
+        return op_id
+
+    def close(self, run_id: str) -> list[int]:
+        """End a run. Returns the adapter versions gone by this: none while a shared microbatch holds its rows."""
+        version = self._version(run_id)
+        dropped, idle = self._progress.close(run_id)
+        del self._versions[run_id]
+        for queued in dropped:
+            self._saves.pop(queued.op_id, None)
+            self.trainer.forget_op(queued.op_id)
+            self._report(queued.op_id, Cancelled(f"the training run {run_id} was closed before this was done"))
+        for batch in idle:
+            self._end(batch)
+        self._closing.add(version)
+        return self._close_unused()
+
+    def _close_unused(self) -> list[int]:
+        gone: list[int] = []
+        for version in [v for v in self._closing if not self._progress.uses(v)]:
+            self._closing.remove(version)
+            self.trainer.close(version)
+            gone += self._adapters.end_training(version)
+        return gone
+
+    def take_reports(self) -> list[tuple[int, Report]]:
+        """What has come of operations since the last call; finished saves are noticed here."""
+        for op_id, (run_id, future) in list(self._saves.items()):
+            if future.done():
+                del self._saves[op_id]
+                self._progress.pop(run_id)
+                error = future.exception()
+                if error is not None and not isinstance(error, TandemError):
+                    raise error
+                self._report(op_id, error)
+        reports, self._reports = self._reports, []
+        return reports
+
+    def wait(self) -> None:
+        """Until a save that is being written is on disk; at once if there is none."""
+        wait([future for _, future in self._saves.values()], timeout=1.0)
+
+    def _report(self, op_id: int, report: Report) -> None:
+        self._began.pop(op_id, None)
+        self._reports.append((op_id, report))
+
+    @property
+    def has_work(self) -> bool:
+        return self._progress.has_work or any(q.op_id not in self._saves for _, q in self._progress.due_saves())
+
+    @property
+    def figures(self) -> tuple[int, int, float]:
+        """Open runs; tokens trained and seconds of slices so far."""
+        return len(self._versions), self._num_tokens, self._seconds
+
+    # ------------------------------------------------------------ before a plan
+
+    def begin(self) -> None:
+        """Start what needs no plan: saves, and the next microbatch."""
+        for run, queued in self._progress.due_saves():
+            if queued.op_id not in self._saves:
+                path = getattr(queued.op, "path")  # noqa: B009 - a Save, see due_saves
+                self._saves[queued.op_id] = (
+                    run.run_id, self._saver.submit(self.trainer.save, run.version, path)
+                )  # fmt: skip
+        if (batch := self._progress.assemble()) is not None:
+            self.trainer.begin(batch)
+
+    def view(self) -> TrainView | None:
+        down = self._progress.backward
+        dense = {down.back_layer: self.trainer.dense.holds(down.back_layer)} if down is not None else {}
+        return self._progress.view(self.num_blocks, dense)
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks held by the microbatch on its way up."""
+        batch = self._progress.forward
+        return sum(self._blocks.num_held(row.row) for row in batch.rows) if batch is not None else 0
+
+    # ------------------------------------------------------------ a plan
+
+    def reserve(self, plan: StepPlan) -> None:
+        """Take or give up the blocks that a plan's training rows need."""
+        batch = self._progress.forward
+        if plan.evicts_training:
+            assert batch is not None
+            self._release(batch)
+            self._progress.evict()
+            self.trainer.restart(batch.batch_id)
+        elif batch is not None and any(s.row < 0 for s in plan.segments):
+            for row in batch.rows:
+                self._blocks.hold(row.row, row.length)
+
+    def inputs(self, plan: StepPlan) -> dict[int, RowInput]:
+        """What the device must know of the plan's training rows."""
+        batch, riding = self._progress.forward, {s.row for s in plan.segments if s.row < 0}
+        if batch is None or not riding:
+            return {}
+        return {
+            row.row: RowInput(
+                self.trainer.tokens(batch.batch_id, row.row), self._blocks.table(row.row), row.run.version
+            )
+            for row in batch.rows
+            if row.row in riding
+        }
+
+    def versions(self, plan: StepPlan) -> set[int]:
+        """Adapter versions of the plan's training rows."""
+        return {row.version for row in self.inputs(plan).values()}
+
+    def recorder(self, plan: StepPlan) -> Callable[[Mapping[int, int]], Record] | None:
+        """What keeps the activations of the plan's training rows, once their places in the batch are known."""
+        batch = self._progress.forward
+        if batch is None or all(s.row >= 0 for s in plan.segments):
+            return None
+        batch_id = batch.batch_id
+        return lambda starts: self.trainer.recorder(batch_id, plan.segments, starts)
+
+    def run(self, plan: StepPlan) -> None:
+        """Execute the plan's slices and move the cursors. A run that diverges loses its update and its gradients."""
+        done: list[Slice] = []
+        failed: tuple[Queued, Diverged] | None = None
+        for piece in plan.slices:
+            try:
+                self._run(piece)
+            except Diverged as error:
+                failed = self._diverged(piece, error)
+                break
+            done.append(piece)
+        finished_ops, finished = self._progress.commit(replace(plan, slices=tuple(done)))
+        if failed is not None:
+            self._report(failed[0].op_id, failed[1])
+        for queued in finished_ops:
+            self._report(queued.op_id, self._outcome(queued))
+        for batch in finished:
+            self._num_tokens += batch.num_tokens if batch.learns else 0
+            self._end(batch)
+        # Once no more tokens ride, keys and values are rebuilt from what is kept.
+        up, down = self._progress.forward, self._progress.backward
+        if up is not None and up.layer is not None:
+            self._release(up)
+        if down is not None:
+            self._release(down)
+        if finished:
+            for version in self._close_unused():
+                self._worker.forget(version)
+
+    def _run(self, piece: Slice) -> None:
+        params, unpacks = None, False
+        rows: tuple[TrainRow, ...] = ()
+        if piece.kind == "update":
+            params = self._due_update(piece).params
+        else:
+            batch = self._progress.forward if piece.kind == "forward" else self._progress.backward
+            assert batch is not None
+            rows = batch.train_rows
+            unpacks = piece.kind == "backward" and not self.trainer.dense.holds(piece.layer)
+        pairs = pairs_of(rows, piece.start, piece.stop) if piece.kind in ("forward", "backward") else 0
+        predicted_s = self.limits.cost.seconds(piece.kind, piece.stop - piece.start, pairs, unpacks)
+        seconds = self.trainer.run(piece, params)
+        self._seconds += seconds
+        cost = self.limits.cost.corrected(piece.kind, predicted_s, seconds, unpacks)
+        self.limits = replace(self.limits, cost=cost)
+
+    def _due_update(self, piece: Slice) -> Update:
+        run = next(r for r in self._progress.runs.values() if r.version == piece.batch)
+        op = run.ops[0].op
+        assert isinstance(op, Update)
+        return op
+
+    def _diverged(self, piece: Slice, error: Diverged) -> tuple[Queued, Diverged]:
+        run = next(r for r in self._progress.runs.values() if r.version == piece.batch)
+        self.trainer.discard_gradients(run.version)
+        return self._progress.pop(run.run_id), error
+
+    def _outcome(self, queued: Queued) -> Report:
+        if isinstance(queued.op, Pass):
+            return self.trainer.pass_report(queued.op_id, time.monotonic() - self._began[queued.op_id])
+        version = self._versions[queued.op.run_id]
+        self._adapters.outdate(version)
+        return self.trainer.update_report(version)
+
+    def _end(self, batch: Batch) -> None:
+        self._release(batch)
+        self.trainer.end(batch.batch_id)
+
+    def _release(self, batch: Batch) -> None:
+        for row in batch.rows:
+            self._blocks.release(row.row)

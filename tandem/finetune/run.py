@@ -1,0 +1,91 @@
+"""One adapter being trained: its factors and gradients as flat float32 vectors, its optimiser.
+
+Not here: how gradients come about (`model/gradients.py`), when an update is due (`scheduler/progress.py`).
+
+Shape letters: P parameters of the adapter, R rank, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tandem.finetune.optimizer import AdamW
+from tandem.work import LoraConfig
+
+# Per layer, by target: (a_RI, b_RO).
+LayerPairs = Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+
+
+class Run:
+    """`shapes` maps each target that is trained to (in_features, out_features); every layer has all of them.
+
+    `weights_P` and `gradients_P` hold, layer by layer and target by target, a_RI and then b_RO (PEFT's lora_B
+    transposed), without the scaling.
+    """
+
+    def __init__(
+        self, lora: LoraConfig, num_layers: int, shapes: Mapping[str, tuple[int, int]], device: torch.device
+    ) -> None:
+        self.lora = lora
+        self.num_layers = num_layers
+        self.shapes = dict(shapes)
+        self.num_parameters = num_layers * lora.rank * sum(i + o for i, o in shapes.values())
+        self.weights_P = torch.zeros(self.num_parameters, device=device)
+        self.gradients_P = torch.zeros(self.num_parameters, device=device)
+        self.optimizer = AdamW(self.num_parameters, device)
+        self.num_passes = 0  # examples so far: dropout masks differ from one to the next
+        self._draw()
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
+        return self.lora.alpha / (math.sqrt(self.lora.rank) if self.lora.use_rslora else self.lora.rank)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights_P.nbytes + self.gradients_P.nbytes + self.optimizer.nbytes
+
+    @property
+    def weights(self) -> LayerPairs:
+        """Views of the factors."""
+        return self._views(self.weights_P)
+
+    @property
+    def gradients(self) -> LayerPairs:
+        """Views of the gradients."""
+        return self._views(self.gradients_P)
+
+    def set_weights(self, layers: LayerPairs) -> None:
+        """Copy factors in; `layers` holds exactly this run's targets, in its rank."""
+        for mine, theirs in zip(self.weights, layers, strict=True):
+            assert mine.keys() == theirs.keys()
+            for name, pair in mine.items():
+                for tensor, value in zip(pair, theirs[name], strict=True):
+                    tensor.copy_(value)
+
+    def _views(self, flat_P: Tensor) -> LayerPairs:
+        rank, at = self.lora.rank, 0
+        layers: list[dict[str, tuple[Tensor, Tensor]]] = []
+        for _ in range(self.num_layers):
+            layer = {}
+            for name, (in_features, out_features) in self.shapes.items():
+                middle, end = at + rank * in_features, at + rank * (in_features + out_features)
+                layer[name] = (
+                    flat_P[at:middle].view(rank, in_features),
+                    flat_P[middle:end].view(rank, out_features),
+                )
+                at = end
+            layers.append(layer)
+        return layers
+
+    def _draw(self) -> None:
+        """a as PEFT starts it (kaiming uniform with a = sqrt(5): within 1 / sqrt(I)), b zero."""
+        generator = torch.Generator().manual_seed(self.lora.seed)
+        for layer in self.weights:
+            for a_RI, _ in layer.values():
+                bound = 1.0 / math.sqrt(a_RI.shape[1])
+                a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))

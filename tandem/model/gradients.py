@@ -1,0 +1,480 @@
+"""Training in slices: one layer over one window of a microbatch, forward or backward, autograd inside a slice only.
+
+A microbatch keeps the inputs of its layers; a backward slice computes its layer again from them, with gradients on,
+and hands on three gradients: of the window's input, of earlier keys and values, of the adapters' factors. Frozen
+weights get none. Which slice is next is the scheduler's business, whose adapter it is the caller's.
+
+Shape letters: N tokens of the microbatch, T tokens of a window, D hidden size, I input and O output features of a
+linear, R rank, H query heads, K key/value heads, C features of a head, B sequences, L positions of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem.model.decoder import Angles, Decoder
+from tandem.ops import linear
+from tandem.ops.attention import causal_attention
+from tandem.ops.linear import LinearWeight
+
+# What a layer's recomputation can take from the forward pass, beside its input.
+KEPT = ("qkv", "o", "gate_up")
+# Padding sequences to one length may at most double the work of attention.
+PADDING = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What one adapter adds to one target: y[:, offset : offset + O] += x @ a.T @ b, the scaling already in b.
+
+    The float32 gradients are of the factors without the scaling, as PEFT has them.
+    """
+
+    offset: int
+    a_RI: Tensor
+    b_RO: Tensor
+    grad_a_RI: Tensor
+    grad_b_RO: Tensor
+    scaling: float
+
+    def add(self, y_TO: Tensor, x_TI: Tensor) -> None:
+        self._part(y_TO).addmm_(x_TI @ self.a_RI.T, self.b_RO)
+
+    def backward(self, grad_x_TI: Tensor, grad_y_TO: Tensor, x_TI: Tensor, mask_TI: Tensor | None) -> None:
+        """Add to the gradients of the factors and of the input, which `mask_TI` stands before."""
+        grad_TO = self._part(grad_y_TO)
+        if mask_TI is not None:
+            x_TI = x_TI * mask_TI
+        grad_hidden_TR = grad_TO @ self.b_RO.T
+        self.grad_b_RO.add_((x_TI @ self.a_RI.T).T @ grad_TO, alpha=self.scaling)
+        self.grad_a_RI.add_(grad_hidden_TR.T @ x_TI)
+        if mask_TI is None:
+            grad_x_TI.addmm_(grad_hidden_TR, self.a_RI)
+        else:
+            grad_x_TI.addcmul_(grad_hidden_TR @ self.a_RI, mask_TI)
+
+    def _part(self, y_TO: Tensor) -> Tensor:
+        return y_TO[:, self.offset : self.offset + self.b_RO.shape[1]]
+
+
+# By layer, by the decoder's linear: the target's name and its factors.
+LayerFactors = Sequence[Mapping[str, Sequence[tuple[str, Factors]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSequence:
+    """Rows start:stop of a microbatch: one example, its adapter, and how its dropout masks are drawn."""
+
+    start: int
+    stop: int
+    factors: LayerFactors
+    dropout: float = 0.0
+    dropout_key: int = 0
+
+
+class DenseLayer:
+    """The weights of one layer as plain matrices, for the gradients of inputs: packed ones are unpacked on first use
+    and stay until another layer is asked for. The only second copy of weights there is, one layer large."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._index = -1
+        self._dense: dict[str, Tensor] = {}
+
+    def holds(self, index: int) -> bool:
+        """Whether this layer's weights are at hand without unpacking."""
+        return self._index == index
+
+    def weight(self, index: int, name: str) -> Tensor:
+        """[O, I] of a layer's linear; the head counts as a layer after the last."""
+        if index != self._index:
+            self.drop()
+            self._index = index
+        if name not in self._dense:
+            weights = self._decoder.weights
+            self._dense[name] = linear.unpack(
+                weights.lm_head if index == len(weights.layers) else getattr(weights.layers[index], name)
+            )
+        return self._dense[name]
+
+    def drop(self) -> None:
+        self._dense.clear()
+        self._index = -1
+
+
+@dataclass(slots=True)
+class _Keys:
+    """Keys and values of one layer, as attention reads them, and the gradients that later windows sent back."""
+
+    layer: int
+    k_NKC: Tensor
+    v_NKC: Tensor
+    grad_k_NKC: Tensor | None = None
+    grad_v_NKC: Tensor | None = None
+    known: set[tuple[int, int]] = field(default_factory=set)  # (start, stop) of rows filled in
+
+
+class Microbatch:
+    """Some training sequences on their way through the layers, N tokens in all, one after the other.
+
+    `inputs[l]` is the input of layer l, [N, D]; the one after the last is what the final norm gets. The uppermost
+    `kept_layers` layers also keep what `KEPT` names, so that their backward slices skip those matmuls.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        dense: DenseLayer,
+        sequences: Sequence[TrainSequence],
+        tokens_N: Tensor,
+        kept_layers: int,
+        learns: bool,
+    ) -> None:
+        self.decoder = decoder
+        self.sequences = list(sequences)
+        self.learns = learns
+        self.num_tokens = len(tokens_N)
+        self.num_layers = len(decoder.spec.layers)
+        self.positions_N = torch.cat([torch.arange(s.stop - s.start) for s in self.sequences]).to(tokens_N.device)
+        self.grad_ND: Tensor | None = None
+        self._dense = dense
+        self._first_kept = self.num_layers - kept_layers if learns else self.num_layers
+        self._angles = decoder.angles(self.positions_N)
+        self._inputs: dict[int, Tensor] = {0: decoder.embed(tokens_N)}
+        self._kept: dict[tuple[int, str], Tensor] = {}
+        self._keys: _Keys | None = None
+
+    # ------------------------------------------------------------ what is kept
+
+    def input(self, layer: int) -> Tensor:
+        """[N, D], made on first use."""
+        if layer not in self._inputs:
+            self._inputs[layer] = self._new(self.decoder.spec.hidden_size)
+        return self._inputs[layer]
+
+    def _new(self, width: int) -> Tensor:
+        # What inference mode allocates can never be part of a graph.
+        with torch.inference_mode(False):
+            return torch.empty(self.num_tokens, width, dtype=self.decoder.dtype, device=self.positions_N.device)
+
+    def take(self, layer: int, name: str, start: int, rows: Tensor) -> None:
+        """Keep what a forward pass computed for tokens from `start` on, if it is wanted."""
+        if name == "input":
+            if layer:
+                self.input(layer)[start : start + len(rows)] = rows
+        elif layer >= self._first_kept and name in KEPT:
+            if (layer, name) not in self._kept:
+                self._kept[layer, name] = self._new(rows.shape[1])
+            self._kept[layer, name][start : start + len(rows)] = rows
+
+    def restart(self) -> None:
+        """Forget the forward pass but for the first layer's input."""
+        self._inputs = {0: self._inputs[0]}
+        self._kept.clear()
+        self._keys = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        tensors = [*self._inputs.values(), *self._kept.values()]
+        return sum(t.nbytes for t in tensors) + (0 if self.grad_ND is None else self.grad_ND.nbytes)
+
+    # ------------------------------------------------------------ slices
+
+    @torch.no_grad()
+    def forward(self, layer: int, start: int, stop: int) -> None:
+        """Layer `layer` over tokens start:stop; the earlier ones have been through it."""
+        x_TD = self.input(layer)[start:stop]
+        y_TD = self.decoder.layer(
+            layer, x_TD, self._angles_of(start, stop), partial(self._project, layer, start, stop),
+            partial(self._attend, layer, start, stop, []),
+        )  # fmt: skip
+        self.take(layer + 1, "input", start, y_TD)
+        if not self.learns and stop == self.num_tokens:
+            del self._inputs[layer]
+
+    def backward(self, layer: int, start: int, stop: int) -> None:
+        """Turn the gradient of the layer's output into that of its input, in `grad_ND[start:stop]`, and add to the
+        adapters' gradients. Tokens from `stop` on have been through this already."""
+        assert self.grad_ND is not None
+        traces: list[tuple[Tensor, Tensor]] = []
+        with torch.enable_grad():
+            x_TD = self.input(layer)[start:stop].detach().requires_grad_()
+            y_TD = self.decoder.layer(
+                layer, x_TD, self._angles_of(start, stop), partial(self._project_again, layer, start, stop),
+                partial(self._attend, layer, start, stop, traces),
+            )  # fmt: skip
+        outputs, gradients, leaves = [y_TD], [self.grad_ND[start:stop]], [x_TD]
+        keys = self._keys
+        (own_k, own_v), *earlier = traces
+        if keys is not None and keys.grad_k_NKC is not None and keys.grad_v_NKC is not None and self._cuts(stop):
+            outputs += [own_k, own_v]
+            gradients += [keys.grad_k_NKC[start:stop].to(own_k.dtype), keys.grad_v_NKC[start:stop].to(own_v.dtype)]
+        for pair in earlier:
+            leaves += pair
+        found = torch.autograd.grad(outputs, leaves, gradients)
+        self.grad_ND[start:stop] = found[0]
+        if earlier:
+            self._send_back(start, found[1], found[2])
+        if start == 0:
+            self._forget(layer)
+
+    def _project(self, layer: int, start: int, stop: int, name: str, x_TI: Tensor) -> Tensor:
+        y_TO = self.decoder.kernels.linear(x_TI, getattr(self.decoder.weights.layers[layer], name))
+        for low, high, factors, mask_TI in self._parts(layer, start, stop, name, x_TI):
+            x_part = x_TI[low:high] if mask_TI is None else x_TI[low:high] * mask_TI
+            factors.add(y_TO[low:high], x_part)
+        self.take(layer, name, start, y_TO)
+        return y_TO
+
+    def _project_again(self, layer: int, start: int, stop: int, name: str, x_TI: Tensor) -> Tensor:
+        """`_project` in a graph; the matmul is skipped where its output was kept, or where nobody reads it."""
+        weights = self.decoder.weights.layers[layer]
+        weight: LinearWeight = getattr(weights, name)
+        saved_TO = None
+        if (layer, name) in self._kept:
+            saved_TO = self._kept[layer, name][start:stop]
+        elif name == "down" and weights.post_mlp_norm is None:
+            saved_TO = x_TI.new_empty(len(x_TI), weight.out_features)  # only its gradient is of use
+        parts = self._parts(layer, start, stop, name, x_TI)
+        return _AdaptedLinear.apply(
+            x_TI, saved_TO, parts, weight, self.decoder.kernels.linear, partial(self._dense.weight, layer, name)
+        )
+
+    def _parts(self, layer: int, start: int, stop: int, name: str, x_TI: Tensor) -> list[_Part]:
+        """The adapters' factors for rows of a window; neighbours with the same adapter go together."""
+        parts: list[_Part] = []
+        for s in self._overlapping(start, stop):
+            low, high = max(s.start, start) - start, min(s.stop, stop) - start
+            for target, factors in s.factors[layer].get(name, ()):
+                mask_TI = None
+                if s.dropout:
+                    mask_TI = dropout_mask(
+                        s.dropout, (s.dropout_key, layer, target), max(s.start, start) - s.start, high - low, x_TI
+                    )
+                parts.append((low, high, factors, mask_TI))
+        return _merged(parts)
+
+    # ------------------------------------------------------------ attention
+
+    def _attend(
+        self,
+        layer: int,
+        start: int,
+        stop: int,
+        traces: list[tuple[Tensor, Tensor]],
+        q_THC: Tensor,
+        k_TKC: Tensor,
+        v_TKC: Tensor,
+    ) -> Tensor:
+        """Attention of a window's sequences; `traces` gets the window's keys and values, then the earlier ones."""
+        traces.append((k_TKC, v_TKC))
+        attend = partial(
+            causal_attention,
+            scale=self.decoder.spec.query_scale,
+            window=self.decoder.spec.layers[layer].window,
+            softcap=self.decoder.spec.attn_softcap,
+        )
+        ranges = [(max(s.start, start) - start, min(s.stop, stop) - start) for s in self._overlapping(start, stop)]
+        first = self.sequences[self._index_of(start)]
+        if first.start == start:
+            if not torch.is_grad_enabled() and self._cuts(stop):
+                self._remember(layer, start, k_TKC, v_TKC)
+            return _attend_all(q_THC, k_TKC, v_TKC, ranges, attend)
+        earlier_k, earlier_v = self._earlier(layer, first, start)
+        if torch.is_grad_enabled():
+            earlier_k, earlier_v = earlier_k.detach().requires_grad_(), earlier_v.detach().requires_grad_()
+            traces.append((earlier_k, earlier_v))
+        else:
+            self._remember(layer, start, k_TKC, v_TKC)
+        high = ranges[0][1]
+        head_THC = attend(
+            q_THC[None, :high],
+            torch.cat((earlier_k, k_TKC[:high]))[None],
+            torch.cat((earlier_v, v_TKC[:high]))[None],
+        )[0]
+        if len(ranges) == 1:
+            return head_THC
+        rest = [(low - high, end - high) for low, end in ranges[1:]]
+        return torch.cat((head_THC, _attend_all(q_THC[high:], k_TKC[high:], v_TKC[high:], rest, attend)))
+
+    def _earlier(self, layer: int, sequence: TrainSequence, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a sequence's rows before `stop`, computed again unless they are at hand."""
+        keys = self._keys_of(layer)
+        at = sequence.start
+        while at < stop:
+            known = next((high for low, high in keys.known if low <= at < high), None)
+            if known is None:
+                later = [low for low, _ in keys.known if low > at]
+                end = min([stop, *later])
+                with torch.no_grad():
+                    self._remember(layer, at, *self._keys_again(layer, at, end))
+                known = end
+            at = known
+        return keys.k_NKC[sequence.start : stop], keys.v_NKC[sequence.start : stop]
+
+    def _keys_again(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        if (layer, "qkv") in self._kept:
+            qkv_TO = self._kept[layer, "qkv"][start:stop]
+        else:
+            normed_TD = self.decoder.norm(
+                self.input(layer)[start:stop], self.decoder.weights.layers[layer].input_norm
+            )
+            qkv_TO = self._project(layer, start, stop, "qkv", normed_TD)
+        _, k_TKC, v_TKC = self.decoder.heads(layer, qkv_TO, self._angles_of(start, stop))
+        return k_TKC, v_TKC
+
+    def _keys_of(self, layer: int) -> _Keys:
+        if self._keys is None or self._keys.layer != layer:
+            spec = self.decoder.spec
+            shape = (self.num_tokens, spec.num_kv_heads, spec.head_dim)
+            k_NKC, v_NKC = (self._inputs[0].new_empty(shape) for _ in range(2))
+            self._keys = _Keys(layer, k_NKC, v_NKC)
+        return self._keys
+
+    def _remember(self, layer: int, start: int, k_TKC: Tensor, v_TKC: Tensor) -> None:
+        keys, stop = self._keys_of(layer), start + len(k_TKC)
+        keys.k_NKC[start:stop], keys.v_NKC[start:stop] = k_TKC, v_TKC
+        keys.known.add((start, stop))
+
+    def _send_back(self, start: int, grad_k: Tensor, grad_v: Tensor) -> None:
+        keys = self._keys
+        assert keys is not None
+        if keys.grad_k_NKC is None or keys.grad_v_NKC is None:
+            keys.grad_k_NKC, keys.grad_v_NKC = (torch.zeros(t.shape, device=t.device) for t in (keys.k_NKC, keys.v_NKC))
+        keys.grad_k_NKC[start - len(grad_k) : start] += grad_k
+        keys.grad_v_NKC[start - len(grad_v) : start] += grad_v
+
+    def _forget(self, layer: int) -> None:
+        """A layer's backward is done: nothing reads what it kept any more."""
+        self._inputs.pop(layer + 1, None)
+        for name in KEPT:
+            self._kept.pop((layer, name), None)
+        self._keys = None
+
+    # ------------------------------------------------------------ geometry
+
+    def _angles_of(self, start: int, stop: int) -> Angles:
+        return {rope: (cos[start:stop], sin[start:stop]) for rope, (cos, sin) in self._angles.items()}
+
+    def _index_of(self, token: int) -> int:
+        return next(i for i, s in enumerate(self.sequences) if s.stop > token)
+
+    def _overlapping(self, start: int, stop: int) -> list[TrainSequence]:
+        return [s for s in self.sequences if s.start < stop and s.stop > start]
+
+    def _cuts(self, stop: int) -> bool:
+        """Whether a sequence goes on after `stop`."""
+        return any(s.start < stop < s.stop for s in self.sequences)
+
+
+_Part = tuple[int, int, Factors, Tensor | None]
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """A frozen linear with adapters: gradients of the input by autograd, of the factors straight into their buffers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        saved_TO: Tensor | None,
+        parts: list[_Part],
+        weight: LinearWeight,
+        multiply: Callable[[Tensor, LinearWeight], Tensor],
+        dense: Callable[[], Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(x_TI)
+        ctx.parts, ctx.dense = parts, dense
+        if saved_TO is not None:
+            return saved_TO.view_as(saved_TO)
+        y_TO = multiply(x_TI, weight)
+        for low, high, factors, mask_TI in parts:
+            factors.add(y_TO[low:high], x_TI[low:high] if mask_TI is None else x_TI[low:high] * mask_TI)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TO,) = gradients
+        (x_TI,) = ctx.saved_tensors
+        grad_TO = grad_TO.contiguous()
+        grad_TI = grad_TO @ ctx.dense()
+        for low, high, factors, mask_TI in ctx.parts:
+            factors.backward(grad_TI[low:high], grad_TO[low:high], x_TI[low:high], mask_TI)
+        return grad_TI, None, None, None, None, None
+
+
+def logits(decoder: Decoder, dense: DenseLayer, x_MD: Tensor) -> Tensor:
+    """float32 logits [M, V] of the last layer's output, differentiable."""
+    head = decoder.weights.lm_head
+    logits_MV = _AdaptedLinear.apply(
+        decoder.norm(x_MD, decoder.weights.final_norm_D), None, [], head, decoder.kernels.linear,
+        partial(dense.weight, len(decoder.weights.layers), "lm_head"),
+    ).float()  # fmt: skip
+    cap = decoder.spec.final_softcap
+    return logits_MV if cap is None else decoder.kernels.softcap(logits_MV, cap)
+
+
+def _merged(parts: list[_Part]) -> list[_Part]:
+    merged: list[_Part] = []
+    open_parts: dict[int, int] = {}  # factors -> place in `merged`
+    for low, high, factors, mask_TI in parts:
+        place = open_parts.get(id(factors))
+        if place is not None and mask_TI is None and merged[place][1] == low:
+            merged[place] = (merged[place][0], high, factors, None)
+        else:
+            open_parts[id(factors)] = len(merged)
+            merged.append((low, high, factors, mask_TI))
+    return merged
+
+
+def _attend_all(
+    q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, ranges: Sequence[tuple[int, int]], attend: Callable[..., Tensor]
+) -> Tensor:
+    """Attention of whole sequences, rows low:high each; padded to one length where that costs little."""
+    lengths = [high - low for low, high in ranges]
+    longest = max(lengths)
+    if len(ranges) > 1 and len(ranges) * longest**2 <= PADDING * sum(length**2 for length in lengths):
+        if min(lengths) == longest:
+            shape = (len(ranges), longest)
+            out = attend(*(t.unflatten(0, shape) for t in (q_THC, k_TKC, v_TKC)))
+            return out.flatten(0, 1)
+        # A short sequence's padding repeats its last row: it comes after all real ones, and is dropped.
+        columns = torch.arange(longest, device=q_THC.device)
+        starts = torch.tensor([low for low, _ in ranges], device=q_THC.device)
+        ends = torch.tensor([high - 1 for _, high in ranges], device=q_THC.device)
+        rows_BL = torch.minimum(starts[:, None] + columns, ends[:, None])
+        real_BL = columns <= (ends - starts)[:, None]
+        return attend(q_THC[rows_BL], k_TKC[rows_BL], v_TKC[rows_BL])[real_BL]
+    return torch.cat([
+        attend(q_THC[None, low:high], k_TKC[None, low:high], v_TKC[None, low:high])[0] for low, high in ranges
+    ])  # fmt: skip
+
+
+def dropout_mask(rate: float, key: tuple[int, int, str], position: int, length: int, like_TI: Tensor) -> Tensor:
+    """[length, I] of 0 and 1 / (1 - rate): a hash of the key (sequence, layer, target), position and feature, so that
+    every window and every recomputation of a token sees the same mask."""
+    seed, layer, target = key
+    mixed = hash_64(seed, layer, *target.encode())
+    rows_T1 = torch.arange(position, position + length, device=like_TI.device)[:, None] * 0x9E3779B1
+    columns_I = torch.arange(like_TI.shape[1], device=like_TI.device) * 0x85EBCA77
+    x = (rows_T1 ^ columns_I) + (mixed & 0xFFFFFFFF)
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    x = (x >> 16) ^ x
+    return (x >= int(rate * 2**32)).to(like_TI.dtype) / (1.0 - rate)
+
+
+def hash_64(*values: int) -> int:
+    """Mix integers into 62 bits (FNV-1a, then a multiplicative finish)."""
+    mixed = 0xCBF29CE484222325
+    for value in values:
+        mixed = ((mixed ^ (value & 0xFFFFFFFFFFFFFFFF)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 29
+    return mixed & 0x3FFFFFFFFFFFFFFF

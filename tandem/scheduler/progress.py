@@ -1,0 +1,280 @@
+"""How far each training run has come: its queue of operations, the microbatches made of them, their cursors.
+
+Integers only: no tensors, no clock. `view` says what could run next; what does run is the policy's decision, and
+`commit` takes in what has run. Total order per run: an operation starts when all before it are done, except that passes
+without an update between them follow each other closely.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tandem.scheduler.training import BackwardView, ForwardView, TrainRow, TrainView, UpdateView
+from tandem.work import Pass, Save, Slice, StepPlan, TrainOp, Update
+
+# The share of a run of priority p is this to the power of p.
+PRIORITY_BASE = 2.0
+PRIORITY_LIMIT = 16
+
+
+@dataclass(slots=True, eq=False)
+class Queued:
+    """An operation on its way: examples not yet in a microbatch, examples not yet done."""
+
+    op_id: int
+    op: TrainOp
+    num_taken: int = 0
+    num_left: int = 0
+    parameters_done: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class RunQueue:
+    """One run's operations in order. `service` is what it has got so far, in tokens over its share."""
+
+    run_id: str
+    version: int
+    num_parameters: int
+    share: float
+    may_ride: bool
+    service: float = 0.0
+    ops: deque[Queued] = field(default_factory=deque)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """One example in a microbatch; `row` is below 0."""
+
+    row: int
+    run: RunQueue
+    queued: Queued
+    index: int
+    length: int
+    num_counted: int
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """A microbatch and its cursors; see `ForwardView` and `BackwardView`."""
+
+    batch_id: int
+    rows: tuple[BatchRow, ...]
+    learns: bool
+    num_layers: int
+    done: int = 0
+    layer: int | None = None
+    cut: int = 0
+    lost: int = 0
+    back_layer: int = 0
+    stop: int = 0
+    train_rows: tuple[TrainRow, ...] = ()
+    num_tokens: int = 0
+    num_counted: int = 0
+
+    def __post_init__(self) -> None:
+        self.train_rows = tuple(TrainRow(r.row, r.length, r.run.version) for r in self.rows)
+        self.num_tokens = sum(r.length for r in self.rows)
+        self.num_counted = sum(r.num_counted for r in self.rows)
+        self.learns = self.learns and self.num_counted > 0
+        self.back_layer, self.stop = self.num_layers - 1, self.num_tokens
+
+    @property
+    def is_up(self) -> bool:
+        """All tokens have passed all layers."""
+        return self.done == self.num_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.is_up and self.lost == self.num_counted and (not self.learns or self.back_layer < 0)
+
+    @property
+    def may_ride(self) -> bool:
+        return self.learns and all(r.run.may_ride for r in self.rows)
+
+
+class Progress:
+    """All runs. At most one microbatch is on its way up and one on its way down.
+
+    `batch_tokens`: tokens of a microbatch at most (a longer example goes alone). `mixes`: examples of several runs may
+    share a microbatch.
+    """
+
+    def __init__(self, num_layers: int, batch_tokens: int, mixes: bool) -> None:
+        self.num_layers = num_layers
+        self.batch_tokens = batch_tokens
+        self.mixes = mixes
+        self.forward: Batch | None = None
+        self.backward: Batch | None = None
+        self._runs: dict[str, RunQueue] = {}
+        self._next_row = -1
+        self._next_batch = 1
+
+    @property
+    def runs(self) -> Mapping[str, RunQueue]:
+        return self._runs
+
+    @property
+    def has_work(self) -> bool:
+        """Something could run now: a save that is being written is not such."""
+        return (
+            self.forward is not None
+            or self.backward is not None
+            or any(run.ops and not isinstance(run.ops[0].op, Save) for run in self._runs.values())
+        )
+
+    def open(self, run_id: str, version: int, num_parameters: int, priority: int, may_ride: bool) -> None:
+        """A new run; it starts with as much service as the one that has had least."""
+        assert run_id not in self._runs
+        share = PRIORITY_BASE ** max(-PRIORITY_LIMIT, min(priority, PRIORITY_LIMIT))
+        service = min((run.service for run in self._runs.values()), default=0.0)
+        self._runs[run_id] = RunQueue(run_id, version, num_parameters, share, may_ride, service)
+
+    def close(self, run_id: str) -> tuple[list[Queued], list[Batch]]:
+        """Forget a run. Returns its operations not done and the microbatches that nobody waits for any more; those that
+        other runs share go on to their end."""
+        run = self._runs.pop(run_id)
+        idle = [b for b in (self.forward, self.backward) if b and not any(self._is_open(r.run) for r in b.rows)]
+        self.forward = None if self.forward in idle else self.forward
+        self.backward = None if self.backward in idle else self.backward
+        return list(run.ops), idle
+
+    def _is_open(self, run: RunQueue) -> bool:
+        return self._runs.get(run.run_id) is run
+
+    def uses(self, version: int) -> bool:
+        """Whether a microbatch on its way holds rows of this run, open or closed."""
+        return any(r.run.version == version for b in (self.forward, self.backward) if b for r in b.rows)
+
+    def enqueue(self, op_id: int, op: TrainOp) -> None:
+        """Add an operation to its run's queue. The run is open, a pass has examples."""
+        num_left = len(op.examples) if isinstance(op, Pass) else 0
+        self._runs[op.run_id].ops.append(Queued(op_id, op, num_left=num_left))
+
+    # ------------------------------------------------------------ what could run
+
+    def assemble(self) -> Batch | None:
+        """Start the next microbatch if none is on its way up and an example may begin; returns it."""
+        if self.forward is not None:
+            return None
+        rows: list[BatchRow] = []
+        learns, num_tokens = True, 0
+        for run in sorted(self._runs.values(), key=lambda r: r.service):
+            while (queued := _next_pass(run)) is not None:
+                op = queued.op
+                assert isinstance(op, Pass)
+                if rows and (op.learns != learns or (not self.mixes and rows[-1].queued is not queued)):
+                    break
+                example = op.examples[queued.num_taken]
+                length = len(example.tokens)
+                if rows and num_tokens + length > self.batch_tokens:
+                    return self._start(rows, learns)
+                num_counted = sum(w != 0 for w in example.weights)
+                rows.append(BatchRow(self._next_row, run, queued, queued.num_taken, length, num_counted))
+                self._next_row -= 1
+                learns, num_tokens = op.learns, num_tokens + length
+                queued.num_taken += 1
+                run.service += length / run.share
+            if rows and not self.mixes:
+                break
+        return self._start(rows, learns) if rows else None
+
+    def _start(self, rows: Sequence[BatchRow], learns: bool) -> Batch:
+        self.forward = Batch(self._next_batch, tuple(rows), learns, self.num_layers)
+        self._next_batch += 1
+        return self.forward
+
+    def view(self, held_blocks: int, dense: Mapping[int, bool]) -> TrainView | None:
+        """What the policy may choose from; None when there is nothing. `held_blocks`: KV blocks of the microbatch on
+        its way up. `dense[layer]`: that layer's weights need no unpacking."""
+        forward = backward = None
+        if (up := self.forward) is not None and not up.is_up:
+            forward = ForwardView(
+                up.batch_id, up.train_rows, up.num_tokens, up.done, up.layer, up.cut, up.may_ride, held_blocks
+            )
+        if (down := self.backward) is not None:
+            backward = BackwardView(
+                down.batch_id, down.train_rows, down.num_tokens, down.num_counted, down.lost, down.learns,
+                down.back_layer, down.stop, dense.get(down.back_layer, False),
+            )  # fmt: skip
+        updates = tuple(
+            UpdateView(run.version, run.num_parameters, run.ops[0].parameters_done)
+            for run in self._runs.values()
+            if run.ops and isinstance(run.ops[0].op, Update)
+        )
+        if forward is None and backward is None and not updates:
+            return None
+        return TrainView(self.num_layers, forward, backward, updates)
+
+    def due_saves(self) -> list[tuple[RunQueue, Queued]]:
+        """Runs whose next operation is a save."""
+        return [(run, run.ops[0]) for run in self._runs.values() if run.ops and isinstance(run.ops[0].op, Save)]
+
+    # ------------------------------------------------------------ what has run
+
+    def commit(self, plan: StepPlan) -> tuple[list[Queued], list[Batch]]:
+        """Move the cursors over a plan that has run. Returns the operations done by it, and the microbatches."""
+        finished_ops: list[Queued] = []
+        ridden = sum(s.length for s in plan.segments if s.row < 0)
+        if ridden:
+            assert self.forward is not None
+            self.forward.done += ridden
+        for piece in plan.slices:
+            self._move(piece, finished_ops)
+        finished = []
+        if self.backward is not None and self.backward.is_finished:
+            finished.append(self.backward)
+            for row in self.backward.rows:
+                row.queued.num_left -= 1
+                if row.queued.num_left == 0 and self._is_open(row.run):
+                    finished_ops.append(self.pop(row.run.run_id))
+            self.backward = None
+        if self.backward is None and self.forward is not None and self.forward.is_up:
+            self.forward, self.backward = None, self.forward
+        return finished_ops, finished
+
+    def _move(self, piece: Slice, finished_ops: list[Queued]) -> None:
+        match piece.kind:
+            case "forward":
+                up = self.forward
+                assert up is not None and up.batch_id == piece.batch
+                up.layer, up.cut = piece.layer, piece.stop
+                if up.cut == up.num_tokens:
+                    up.layer, up.cut = piece.layer + 1, up.done
+                if up.layer == self.num_layers:
+                    up.layer, up.done = None, up.num_tokens
+            case "loss" | "backward":
+                down = self.backward
+                assert down is not None and down.batch_id == piece.batch
+                if piece.kind == "loss":
+                    down.lost = piece.stop
+                else:
+                    down.stop = piece.start
+                    if down.stop == 0:
+                        down.back_layer, down.stop = down.back_layer - 1, down.num_tokens
+            case _:
+                run = next(r for r in self._runs.values() if r.version == piece.batch)
+                run.ops[0].parameters_done = piece.stop
+                if piece.stop == run.num_parameters:
+                    finished_ops.append(self.pop(run.run_id))
+
+    def pop(self, run_id: str) -> Queued:
+        """A run's first operation, which is done (or has failed)."""
+        return self._runs[run_id].ops.popleft()
+
+    def evict(self) -> Batch:
+        """The microbatch on its way up has lost its keys and values: it starts again."""
+        assert self.forward is not None and self.forward.layer is None
+        self.forward.done = 0
+        return self.forward
+
+
+def _next_pass(run: RunQueue) -> Queued | None:
+    """The pass with the next example that may begin, if the operations before it allow."""
+    for queued in run.ops:
+        if not isinstance(queued.op, Pass):
+            return None
+        if queued.num_taken < len(queued.op.examples):
+            return queued
+    return None
