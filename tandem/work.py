@@ -63,7 +63,8 @@ class Example(msgspec.Struct, frozen=True, array_like=True):
 
 class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The shape of an adapter to train. Names and meaning as in PEFT's LoraConfig; `("all-linear",)` is every target
-    the model has. A starts uniform as PEFT's (kaiming, a = sqrt(5)), B at zero; `seed` draws A and the dropout masks."""
+    the model has. A starts uniform as PEFT's (kaiming, a = sqrt(5)), B at zero; `seed` draws A and the dropout masks.
+    """
 
     rank: int = 16
     alpha: float = 32.0
@@ -279,7 +280,7 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     base_model: str = ""
 
 
-class RunReport(msgspec.Struct, frozen=True, kw_only=True):
+class RunReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A training run as the engine opened it. `step` counts the optimiser steps already in its weights; `bytes_needed`
     is what it holds while it trains, beside the model's weights."""
 
@@ -289,7 +290,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     bytes_needed: int = 0
 
 
-class PassReport(msgspec.Struct, frozen=True, kw_only=True):
+class PassReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What one forward_backward or forward over some examples found, summed over their positions with a weight.
 
     `loss` is the sum of weight * -log p; `num_tokens` the positions, `num_correct` those whose target was the likeliest
@@ -303,8 +304,17 @@ class PassReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
-class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
+class UpdateReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One optimiser step: its number in the run, and the gradient's norm before clipping."""
 
     step: int
     grad_norm: float
+
+
+class SizeReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Bytes that a training run would hold."""
+
+    bytes_needed: int
+
+
+TrainReport = RunReport | PassReport | UpdateReport | SizeReport

@@ -22,7 +22,22 @@ import zmq.asyncio
 from tandem.config import EngineConfig
 from tandem.engine import messages
 from tandem.errors import EngineDead, Overloaded, TandemError
-from tandem.work import Adapter, EngineReport, EngineStats, Request, TokenEvent
+from tandem.work import (
+    AdamParams,
+    Adapter,
+    EngineReport,
+    EngineStats,
+    Example,
+    LoraConfig,
+    Pass,
+    PassReport,
+    Request,
+    RunReport,
+    Save,
+    TokenEvent,
+    Update,
+    UpdateReport,
+)
 
 STOP_GRACE_S = 5.0
 
@@ -81,7 +96,7 @@ class EngineClient:
         self._inbox = inbox
         self._outbox = outbox
         self._streams: dict[str, Stream] = {}
-        self._calls: dict[int, asyncio.Future[Adapter | None]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
         self._died = asyncio.Event()
         self._closing = False
@@ -183,6 +198,49 @@ class EngineClient:
         """Unpublish `name`; requests that use it finish with it. Raises NotFound, EngineDead."""
         await self._call(lambda call_id: messages.UnloadAdapter(call_id, name))
 
+    # ------------------------------------------------------------ training
+    # The message goes out when the method is called; a run's operations are executed in the order of the calls. All
+    # futures may raise EngineDead, those of operations Cancelled once their run is closed.
+
+    async def check_run(self, lora: LoraConfig, longest: int) -> int:
+        """Bytes that a run with examples of up to `longest` tokens needs. Raises BudgetError where it cannot fit,
+        InvalidRequest for a shape the model cannot have."""
+        return (await self._ask(lambda call_id: messages.CheckRun(call_id, lora, longest))).bytes_needed
+
+    def open_run(
+        self,
+        run_id: str,
+        lora: LoraConfig,
+        *,
+        init_from: str | None = None,
+        resume_from: str | None = None,
+        priority: int = 0,
+    ) -> asyncio.Future[RunReport]:
+        """Begin a training run: fresh, from a PEFT directory of its shape, or from a directory of `save_run`."""
+        return self._ask(
+            lambda call_id: messages.OpenRun(call_id, run_id, lora, init_from, resume_from, priority)
+        )  # fmt: skip
+
+    def forward_backward(self, run_id: str, examples: list[Example]) -> asyncio.Future[PassReport]:
+        """Loss and gradients of some examples; gradients add up until the next `optim_step`."""
+        return self._ask(lambda call_id: messages.Train(call_id, Pass(run_id, examples)))
+
+    def forward(self, run_id: str, examples: list[Example]) -> asyncio.Future[PassReport]:
+        """The loss alone."""
+        return self._ask(lambda call_id: messages.Train(call_id, Pass(run_id, examples, learns=False)))
+
+    def optim_step(self, run_id: str, params: AdamParams) -> asyncio.Future[UpdateReport]:
+        """One update with the gradients added up so far. Raises Diverged; the weights are those before it then."""
+        return self._ask(lambda call_id: messages.Train(call_id, Update(run_id, params)))
+
+    def save_run(self, run_id: str, path: str) -> asyncio.Future[None]:
+        """Write the run to a new directory, whole or not at all. Raises TandemError."""
+        return self._ask(lambda call_id: messages.Train(call_id, Save(run_id, str(path))))
+
+    def close_run(self, run_id: str) -> asyncio.Future[None]:
+        """End a run. What it has queued fails with Cancelled."""
+        return self._ask(lambda call_id: messages.CloseRun(call_id, run_id))
+
     async def wait_dead(self) -> str:
         """Return the reason once the engine process has ended."""
         await self._died.wait()
@@ -235,6 +293,20 @@ class EngineClient:
         finally:
             del self._calls[call_id]
 
+    def _ask(self, build: Callable[[int], messages.ToEngine]) -> asyncio.Future[Any]:
+        """Send a call now; its answer comes with the future."""
+        call_id, future = next(self._call_ids), asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: self._calls.pop(call_id, None))
+        future.add_done_callback(_noticed)
+        self._calls[call_id] = future
+        try:
+            if self.dead is not None:
+                raise EngineDead(self.dead)
+            self._send(build(call_id))
+        except EngineDead as error:
+            future.set_exception(error)
+        return future
+
     async def _read(self) -> None:
         while True:
             self._receive(messages.decode_from_engine(await self._inbox.recv()))
@@ -254,6 +326,12 @@ class EngineClient:
                 if (future := self._calls.get(call_id)) and not future.done():
                     if error is None:
                         future.set_result(adapter)
+                    else:
+                        future.set_exception(error.restore())
+            case messages.Trained(call_id=call_id, report=report, error=error):
+                if (future := self._calls.get(call_id)) and not future.done():
+                    if error is None:
+                        future.set_result(report)
                     else:
                         future.set_exception(error.restore())
             case messages.Failed(error=error):
@@ -281,10 +359,16 @@ class EngineClient:
         for stream in self._streams.values():
             stream.put(EngineDead(self.dead))
         self._streams.clear()
-        for future in self._calls.values():
+        for future in list(self._calls.values()):
             if not future.done():
                 future.set_exception(EngineDead(self.dead))
         self._died.set()
+
+
+def _noticed(future: asyncio.Future[Any]) -> None:
+    """An operation whose run was closed fails with nobody left to ask; that is no reason for a warning at exit."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _bound(context: zmq.asyncio.Context, kind: int, address: str) -> zmq.asyncio.Socket:

@@ -6,7 +6,16 @@ import msgspec
 
 from tandem.config import EngineConfig
 from tandem.errors import Overloaded, TandemError, by_name
-from tandem.work import Adapter, EngineReport, EngineStats, Request, TokenEvent
+from tandem.work import (
+    Adapter,
+    EngineReport,
+    EngineStats,
+    LoraConfig,
+    Request,
+    TokenEvent,
+    TrainOp,
+    TrainReport,
+)
 
 
 class Error(msgspec.Struct, frozen=True):
@@ -55,6 +64,31 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+class CheckRun(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    lora: LoraConfig
+    longest: int
+
+
+class OpenRun(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    run_id: str
+    lora: LoraConfig
+    init_from: str | None
+    resume_from: str | None
+    priority: int
+
+
+class Train(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    op: TrainOp
+
+
+class CloseRun(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    run_id: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
@@ -99,8 +133,16 @@ class Replied(msgspec.Struct, frozen=True, tag=True):
     adapter: Adapter | None = None
 
 
-ToEngine = Start | Submit | Cancel | LoadAdapter | UnloadAdapter | Shutdown
-FromEngine = Progress | Ready | Failed | Stepped | Refused | Replied
+class Trained(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a call about training: a report where there is one, or an error."""
+
+    call_id: int
+    report: TrainReport | None = None
+    error: Error | None = None
+
+
+ToEngine = Start | Submit | Cancel | LoadAdapter | UnloadAdapter | CheckRun | OpenRun | Train | CloseRun | Shutdown
+FromEngine = Progress | Ready | Failed | Stepped | Refused | Replied | Trained
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

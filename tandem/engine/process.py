@@ -19,7 +19,7 @@ import zmq
 
 from tandem.engine import messages
 from tandem.errors import BudgetError, ConfigError, ModelError, TandemError
-from tandem.work import Adapter
+from tandem.work import Adapter, SizeReport, TokenEvent, TrainReport
 
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 IDLE_POLL_MS = 20
 PARENT_POLL_S = 0.5
+FIGURES_PERIOD_S = 0.2
 EXIT_CRASH, EXIT_MODEL = 1, 4
 EXIT_CODES: dict[type[TandemError], int] = {ConfigError: 3, BudgetError: 5}
 log = logging.getLogger("tandem.engine")
@@ -96,6 +97,8 @@ class _Loop:
             queue.SimpleQueue()
         )
         threading.Thread(target=self._read_adapters, daemon=True).start()
+        self.training: dict[int, int] = {}  # operation -> call
+        self.told_s = 0.0
 
     def run(self) -> int:
         while True:
@@ -104,8 +107,23 @@ class _Loop:
             while not self.to_publish.empty():
                 self._publish(*self.to_publish.get())
             if self.engine.has_work:
-                events = self.engine.step()
-                self.send(messages.Stepped(events, self.engine.stats))
+                self.engine.step(self._deliver)
+            self._report()
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        """News of a step; without any, the figures alone are sent now and then."""
+        now = time.monotonic()
+        if events or now - self.told_s > FIGURES_PERIOD_S:
+            self.told_s = now
+            self.send(messages.Stepped(events, self.engine.refresh_stats()))
+
+    def _report(self) -> None:
+        for op_id, report in self.engine.take_reports():
+            call_id = self.training.pop(op_id)
+            if isinstance(report, TandemError):
+                self.send(messages.Trained(call_id, error=messages.Error.of(report)))
+            else:
+                self.send(messages.Trained(call_id, report))
 
     def _receive(self) -> bool:
         """Handle all that waits; wait for something when there is nothing to do. False: time to stop."""
@@ -140,8 +158,31 @@ class _Loop:
                     self._reply(call_id, error=error)
                 else:
                     self._reply(call_id)
+            case messages.CheckRun() | messages.OpenRun() | messages.Train() | messages.CloseRun():
+                try:
+                    self._train(message)
+                except TandemError as error:
+                    self.send(messages.Trained(message.call_id, error=messages.Error.of(error)))
             case _:
                 raise AssertionError(f"unexpected message {message!r}")
+
+    def _train(self, message: messages.CheckRun | messages.OpenRun | messages.Train | messages.CloseRun) -> None:
+        report: TrainReport | None = None
+        match message:
+            case messages.CheckRun(lora=lora, longest=longest):
+                report = SizeReport(bytes_needed=self.engine.check_run(lora, longest))
+            case messages.OpenRun(run_id=run_id, lora=lora):
+                report = self.engine.open_run(
+                    run_id, lora, init_from=message.init_from, resume_from=message.resume_from,
+                    priority=message.priority,
+                )  # fmt: skip
+            case messages.Train(call_id=call_id, op=op):
+                self.training[self.engine.enqueue(op)] = call_id
+                return
+            case messages.CloseRun(run_id=run_id):
+                self.engine.close_run(run_id)
+                self._report()  # what it had queued fails before the closing is confirmed
+        self.send(messages.Trained(message.call_id, report))
 
     def _read_adapters(self) -> None:
         while True:

@@ -333,9 +333,8 @@ class Microbatch:
     def _keys_of(self, layer: int) -> _Keys:
         if self._keys is None or self._keys.layer != layer:
             spec = self.decoder.spec
-            shape = (self.num_tokens, spec.num_kv_heads, spec.head_dim)
-            k_NKC, v_NKC = (self._inputs[0].new_empty(shape) for _ in range(2))
-            self._keys = _Keys(layer, k_NKC, v_NKC)
+            pair = (self._new(spec.kv_size).unflatten(1, (spec.num_kv_heads, spec.head_dim)) for _ in range(2))
+            self._keys = _Keys(layer, *pair)
         return self._keys
 
     def _remember(self, layer: int, start: int, k_TKC: Tensor, v_TKC: Tensor) -> None:

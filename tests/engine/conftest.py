@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tandem.config import AdapterConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from tandem.config import AdapterConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, TrainingConfig
 from tandem.engine.engine import Engine
 
 
@@ -19,7 +19,8 @@ def make_engine(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Eng
 
     def make(family: str = "llama", dtype: str = "float32", **options: Any) -> Engine:
         configs: dict[str, Any] = {}
-        for name, kind in (("cache", CacheConfig), ("scheduler", SchedulerConfig), ("adapters", AdapterConfig)):
+        kinds = {"cache": CacheConfig, "scheduler": SchedulerConfig, "adapters": AdapterConfig, "training": TrainingConfig}
+        for name, kind in kinds.items():
             own = {key: options.pop(key) for key in list(options) if key in kind.__dataclass_fields__}
             configs[name] = kind(**({"num_blocks": 200} if name == "cache" else {}) | own)
         model = ModelConfig(model=str(tiny_model(family)), dtype=dtype, **options)
