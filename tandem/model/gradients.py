@@ -439,7 +439,9 @@ def _attend_all(
     """Attention of whole sequences, rows low:high each; padded to one length where that costs little."""
     lengths = [high - low for low, high in ranges]
     longest = max(lengths)
-    if len(ranges) > 1 and len(ranges) * longest**2 <= PADDING * sum(length**2 for length in lengths):
+    if len(ranges) == 1:
+        return attend(q_THC[None], k_TKC[None], v_TKC[None])[0]
+    if len(ranges) * longest**2 <= PADDING * sum(length**2 for length in lengths):
         if min(lengths) == longest:
             shape = (len(ranges), longest)
             out = attend(*(t.unflatten(0, shape) for t in (q_THC, k_TKC, v_TKC)))
@@ -449,8 +451,9 @@ def _attend_all(
         starts = torch.tensor([low for low, _ in ranges], device=q_THC.device)
         ends = torch.tensor([high - 1 for _, high in ranges], device=q_THC.device)
         rows_BL = torch.minimum(starts[:, None] + columns, ends[:, None])
-        real_BL = columns <= (ends - starts)[:, None]
-        return attend(q_THC[rows_BL], k_TKC[rows_BL], v_TKC[rows_BL])[real_BL]
+        real_N = (columns <= (ends - starts)[:, None]).flatten().nonzero()[:, 0]
+        padded = (t.index_select(0, rows_BL.flatten()).unflatten(0, rows_BL.shape) for t in (q_THC, k_TKC, v_TKC))
+        return attend(*padded).flatten(0, 1).index_select(0, real_N)
     return torch.cat([
         attend(q_THC[None, low:high], k_TKC[None, low:high], v_TKC[None, low:high])[0] for low, high in ranges
     ])  # fmt: skip
