@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from tandem.hub import TOKENIZER_FILES, resolve_model
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "A probe: naïve, 東京 🙂👩‍👩‍👧 42\n\tend."
 
 
@@ -33,6 +35,7 @@ class Tokenizer:
         self._reserved = frozenset(inspect.signature(hf.apply_chat_template).parameters)
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.eos_id: int | None = hf.eos_token_id
         self.longest_token = max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str | None] = {}
@@ -73,6 +76,13 @@ class Tokenizer:
         except TypeError as e:  # what the backend makes of lone surrogates
             raise InvalidRequest("the text is not valid Unicode: it contains lone surrogates") from e
 
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[Any]:
+        """A `tokenizers.Encoding` (ids, and which characters each came from) per text."""
+        try:
+            return self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        except TypeError as e:  # what the backend makes of lone surrogates
+            raise InvalidRequest("the text is not valid Unicode: it contains lone surrogates") from e
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
@@ -90,21 +100,27 @@ class Tokenizer:
 
         Templates write the special tokens themselves; `add_special_tokens` is for those that do not.
         """
-        template = chat_template or self.chat_template
-        if template is None:
-            raise InvalidRequest(
-                "this model has no chat template: use /v1/completions, or start the server with --chat-template FILE",
-                "messages",
-            )
+        text = self.render_text(
+            messages, tools, add_generation_prompt, continue_final_message, chat_template_kwargs, chat_template
+        )
+        return self.encode(text, add_special_tokens)
+
+    def render_text(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> str:
+        """What `render` encodes."""
+        template, messages = self._checked(messages, tools, chat_template)
         extra = chat_template_kwargs or {}
         if taken := sorted(self._reserved & extra.keys()):
             raise InvalidRequest(f"chat_template_kwargs may not set {', '.join(taken)}", "chat_template_kwargs")
-        if tools and "tools" not in template:
-            raise InvalidRequest("this model's chat template does not take tools", "tools")
-        if "developer" not in template:
-            messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
         try:
-            text = self._hf.apply_chat_template(
+            return self._hf.apply_chat_template(
                 messages,
                 tools=tools,
                 chat_template=template,
@@ -115,7 +131,49 @@ class Tokenizer:
             )
         except Exception as e:  # templates are programs: they fail in any way a program can
             raise InvalidRequest(f"the chat template refuses these messages: {e}", "messages") from e
-        return self.encode(text, add_special_tokens)
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the chat template says itself, by {% generation %}, which text is the model's."""
+        return self.chat_template is not None and _GENERATION.search(self.chat_template) is not None
+
+    def render_spans(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The whole conversation as text, and the character ranges inside the template's {% generation %} blocks."""
+        from transformers.utils import chat_template_utils
+
+        render: Any = chat_template_utils.render_jinja_template
+        template, messages = self._checked(messages, tools, None)
+        # apply_chat_template renders this way, but gives ranges only as a mask over tokens.
+        messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        try:
+            texts, spans = render(
+                conversations=[messages],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._hf.special_tokens_map,
+            )
+        except Exception as e:  # templates are programs: they fail in any way a program can
+            raise InvalidRequest(f"the chat template refuses these messages: {e}", "messages") from e
+        return texts[0], spans[0]
+
+    def _checked(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, chat_template: str | None
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """The template to use and the messages in the roles it knows."""
+        template = chat_template or self.chat_template
+        if template is None:
+            raise InvalidRequest(
+                "this model has no chat template: use /v1/completions, or start the server with --chat-template FILE",
+                "messages",
+            )
+        if tools and "tools" not in template:
+            raise InvalidRequest("this model's chat template does not take tools", "tools")
+        if "developer" not in template:
+            messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in messages]
+        return template, messages
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes this token adds to a text (special tokens: their name)."""

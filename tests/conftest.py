@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No test may touch the state of the person who runs it; removed when Python ends.
+_STATE = tempfile.TemporaryDirectory(prefix="tandem-tests-")
+os.environ["TANDEM_STATE_DIR"] = _STATE.name
 
 
 @pytest.fixture(scope="session", autouse=True)

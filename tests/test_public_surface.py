@@ -10,20 +10,55 @@ ENGINE_FLAGS = """
     --tokenizer --revision --dtype --device --max-model-len --num-threads --seed --block-size --kv-cache-memory-bytes
     --num-blocks --gpu-memory-utilization --enable-prefix-caching --max-num-seqs --max-num-batched-tokens
     --max-num-queued-reqs --max-wait-s --lora-modules --max-loras --max-lora-rank --max-cpu-loras --lora-root
+    --slo-tpot-ms --slo-ttft-ms --train-step-ms --train-memory-bytes --train-batch-tokens --train-window
+    --share-forward --deterministic
 """
+SERVER = "--server --api-key"
 FLAGS = {
     "serve": f"""
         --model --demo --config {ENGINE_FLAGS} --host --port --api-key --served-model-name --chat-template --root-path
         --allowed-origins --max-body-bytes --vllm-metrics --uvicorn-log-level --disable-log-stats
-        --trust-request-chat-template""",
+        --trust-request-chat-template --state-dir --database-url --organization --max-running-jobs
+        --max-file-bytes""",
     "chat": "--quick --url --api-key --model-name --system-prompt --max-tokens --temperature",
     "complete": "--quick --url --api-key --model-name --max-tokens --temperature",
+    "train": f"""
+        {SERVER} --data --validation --model --output --init-from --suffix --detach --epochs --batch-size
+        --learning-rate --rank --alpha --target-modules --use-rslora --dropout --max-seq-len --schedule --warmup-steps
+        --weight-decay --max-grad-norm --priority --checkpoint-every --validate-every --format --seed
+        --tokenizer --revision --dtype --device --max-model-len --num-threads --chat-template --block-size
+        --kv-cache-memory-bytes --num-blocks --gpu-memory-utilization --train-memory-bytes --train-batch-tokens
+        --train-window --deterministic""",
+    "jobs ls": f"{SERVER} --json --limit",
+    "jobs show": f"{SERVER} --json",
+    "jobs logs": f"{SERVER} --follow",
+    "jobs pause": SERVER,
+    "jobs resume": SERVER,
+    "jobs cancel": SERVER,
+    "adapters ls": f"{SERVER} --json",
+    "adapters load": SERVER,
+    "adapters unload": SERVER,
+    "adapters export": SERVER,
+    "adapters merge": f"{SERVER} --model --output --revision",
+    "adapters promote": SERVER,
+    "adapters rollback": SERVER,
+    "adapters rm": SERVER,
+    "data check": "--model --tokenizer --chat-template --format --max-seq-len",
     "bench throughput": f"--model --demo --config --workloads --repeat --json --roofline {ENGINE_FLAGS}",
     "bench serve": """
         --base-url --endpoint --model --api-key --dataset-name --dataset-path --num-prompts --request-rate
         --max-concurrency --random-input-len --random-output-len --random-range-ratio --vocab-size --trace-scale
         --trace-speed --ignore-eos --temperature --seed --long-prompt-at --long-prompt-len --goodput
         --percentile-metrics --save-result --result-filename --plot""",
+    "bench coserve": """
+        --model --demo --config --trace --trace-scale --loads --modes --seconds --warm-up-seconds --capacity
+        --search-seconds --search-steps --target-ttft-ms --target-tpot-ms --train-batch --train-length --train-rank
+        --closed-streams --json --plot --vllm-python --peft-python --peft-tokens-per-s --tokenizer --revision --dtype
+        --device --max-model-len --num-threads --seed --block-size --kv-cache-memory-bytes --num-blocks
+        --gpu-memory-utilization --max-num-seqs --max-num-batched-tokens --max-num-queued-reqs --max-wait-s
+        --lora-modules --max-loras --max-lora-rank --max-cpu-loras --lora-root --slo-tpot-ms --train-step-ms
+        --train-memory-bytes --train-batch-tokens --train-window --deterministic""",
+    "bench memory": "--model --demo --length --window --rank --json --revision --dtype",
     "doctor": "--skip-model --host --port",
     "version": "",
 }
@@ -35,9 +70,7 @@ def flags_of(verb):
 
 
 def test_commands():
-    assert list(VERBS) == [
-        "serve", "chat", "complete", "bench throughput", "bench serve", "doctor", "version",
-    ]  # fmt: skip
+    assert list(VERBS) == list(FLAGS)
 
 
 @pytest.mark.parametrize("verb", FLAGS)

@@ -206,6 +206,30 @@ def test_what_cannot_be_rendered_is_an_invalid_request(call, says):
         call(BYTE_LEVEL)
 
 
+MARKED = TEMPLATE.replace("{{ m.content }}<|end|>", "{%- generation -%}{{ m.content }}<|end|>{%endgeneration%}")
+
+
+def test_generation_spans_are_the_marked_parts_of_the_text():
+    tokenizer = wrap(byte_level(), MARKED)
+    assert tokenizer.marks_generation and not BYTE_LEVEL.marks_generation
+    messages = [{"role": "developer", "content": "hi", "name": None}, {"role": "assistant", "content": "naïve 🙂"}]
+    text, spans = tokenizer.render_spans(messages)
+    assert text == tokenizer.render_text(messages, add_generation_prompt=False)
+    assert text == BYTE_LEVEL.render_text(messages, add_generation_prompt=False)
+    assert [text[start:stop] for start, stop in spans] == ["hi<|end|>", "naïve 🙂<|end|>"]
+    with pytest.raises(InvalidRequest, match="does not take tools"):
+        tokenizer.render_spans(messages, [{"type": "function"}])
+    with pytest.raises(InvalidRequest, match="refuses"):
+        wrap(byte_level(), MARKED + "{{ 1 / 0 }}").render_spans(messages)
+
+
+def test_batches_are_encoded_as_single_texts_are():
+    texts = ["", "hello 🙂", "stop words"]
+    assert [e.ids for e in BYTE_LEVEL.encode_batch(texts)] == [BYTE_LEVEL.encode(text) for text in texts]
+    with pytest.raises(InvalidRequest, match="Unicode"):
+        BYTE_LEVEL.encode_batch(["fine", "\ud800"])
+
+
 def test_load_round_trip_and_template_override(tmp_path):
     BYTE_LEVEL._hf.save_pretrained(tmp_path)
     loaded = Tokenizer.load(str(tmp_path))

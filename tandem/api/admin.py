@@ -1,28 +1,26 @@
-"""The routes around generation: models, adapters, tokenizing, health, version, load, metrics."""
+"""The routes around generation: models, tokenizing, health, version, load, metrics."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
 from typing import Any
 
 import orjson
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from tandem import __version__
+from tandem.api.finetuning_schemas import page
 from tandem.api.openai import timely
 from tandem.api.schemas import (
     DetokenizeRequest,
-    LoadAdapterRequest,
     TokenizeRequest,
-    UnloadAdapterRequest,
     check_ids,
 )
 from tandem.api.serving import JsonRoute, Serving
-from tandem.errors import Conflict, EngineDead, InvalidRequest, NotFound
+from tandem.errors import EngineDead, InvalidRequest
+from tandem.jobs.records import AdapterRecord
 from tandem.telemetry import CONTENT_TYPE, Exposition
 from tandem.work import Adapter
 
@@ -30,7 +28,6 @@ from tandem.work import Adapter
 def router(serving: Serving, exposition: Exposition) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute)
     _add_models(routes, serving)
-    _add_adapters(routes, serving)
     _add_tokenizing(routes, serving)
     _add_health(routes, serving, exposition)
     return routes
@@ -40,33 +37,47 @@ def _json(content: dict[str, Any]) -> Response:
     return Response(orjson.dumps(content), media_type="application/json")
 
 
-# ---------------------------------------------------------------- models and adapters
+# ---------------------------------------------------------------- models
 
 
 def _add_models(routes: APIRouter, serving: Serving) -> None:
     @routes.get("/v1/models", response_model=None, tags=["OpenAI"])
     async def list_models() -> Response:
-        """The base model under its names, then the adapters."""
-        cards = [_base_card(serving, name) for name in serving.model_names]
-        cards += [_adapter_card(serving, adapter) for adapter in serving.engine.adapters.values()]
-        return _json({
-            "object": "list", "data": cards, "has_more": False, "first_id": cards[0]["id"], "last_id": cards[-1]["id"]
-        })  # fmt: skip
+        """The base model under its names, the adapters that are loaded or on disk, and the aliases."""
+        cards = {name: _base_card(serving, name) for name in serving.model_names}
+        if serving.jobs is not None:
+            for record in await serving.jobs.adapters():
+                cards.setdefault(record.name, _record_card(serving, record, record.name))
+            for alias in await serving.jobs.aliases():
+                cards.setdefault(alias.name, _card(serving, alias.name, root=alias.target, parent=serving.model_name))
+        for adapter in serving.engine.adapters.values():
+            cards.setdefault(adapter.name, _adapter_card(serving, adapter))
+        return _json(page(list(cards.values()), False))
 
     @routes.get("/v1/models/{model:path}", response_model=None, tags=["OpenAI"])
     async def retrieve_model(model: str) -> Response:
-        """One model or adapter. Names may hold slashes and colons."""
-        if serving.resolve(model) is None:
+        """One model, adapter or alias. Names may hold slashes and colons."""
+        if serving.is_base(model):
             return _json(_base_card(serving, model))
-        return _json(_adapter_card(serving, serving.engine.adapters[model]))
+        record = await serving.record(model)
+        if record is not None:
+            return _json(_record_card(serving, record, model))
+        if model in serving.engine.adapters:
+            return _json(_adapter_card(serving, serving.engine.adapters[model]))
+        raise serving.unknown(model)
 
     @routes.delete("/v1/models/{model:path}", response_model=None, tags=["OpenAI"])
     async def delete_model(model: str) -> Response:
-        """Unload an adapter; requests that use it finish with it."""
-        if serving.resolve(model) is None:
+        """Delete an adapter, from disk too if it is in the registry, or an alias; running requests finish with it."""
+        if serving.is_base(model):
             raise InvalidRequest("the base model cannot be deleted, only adapters", "model")
         async with serving.adapter_lock(model):
-            await serving.engine.unload_adapter(model)
+            if serving.jobs is not None and await serving.record(model) is not None:
+                await serving.jobs.delete_adapter(model)
+            elif model in serving.engine.adapters:
+                await serving.engine.unload_adapter(model)
+            else:
+                raise serving.unknown(model)
         return _json({"id": model, "object": "model", "deleted": True})
 
 
@@ -76,6 +87,12 @@ def _base_card(serving: Serving, name: str) -> dict[str, Any]:
 
 def _adapter_card(serving: Serving, adapter: Adapter) -> dict[str, Any]:
     return _card(serving, adapter.name, root=adapter.path, parent=serving.model_name)
+
+
+def _record_card(serving: Serving, record: AdapterRecord, name: str) -> dict[str, Any]:
+    """`name` may be an alias, whose root is the adapter it stands for."""
+    root = record.path if name == record.name else record.name
+    return {**_card(serving, name, root=root, parent=serving.model_name), "created": record.created_at}
 
 
 def _card(serving: Serving, name: str, root: str, parent: str | None) -> dict[str, Any]:
@@ -92,48 +109,6 @@ def _card(serving: Serving, name: str, root: str, parent: str | None) -> dict[st
     }
 
 
-def _add_adapters(routes: APIRouter, serving: Serving) -> None:
-    @routes.post("/v1/load_lora_adapter", response_model=None, tags=["Adapters"])
-    async def load_lora_adapter(body: LoadAdapterRequest) -> Response:
-        """Publish a PEFT directory as a model."""
-        name = body.lora_name
-        if name in serving.model_names or name == serving.report.model:
-            raise Conflict(f"'{name}' is the base model's name: choose another", "lora_name")
-        async with serving.adapter_lock(name):
-            if name in serving.engine.adapters and not body.load_inplace:
-                raise Conflict(
-                    f"the adapter '{name}' is loaded already: unload it first, or send load_inplace=true", "lora_name"
-                )
-            await serving.engine.load_adapter(name, str(_allowed_path(body.lora_path, serving.lora_root)))
-        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
-
-    @routes.post("/v1/unload_lora_adapter", response_model=None, tags=["Adapters"])
-    async def unload_lora_adapter(body: UnloadAdapterRequest) -> Response:
-        """Unpublish an adapter; requests that use it finish with it."""
-        name = body.lora_name
-        async with serving.adapter_lock(name):
-            if name not in serving.engine.adapters:
-                raise NotFound(f"There is no adapter '{name}'. GET /v1/models lists those loaded.", "lora_name")
-            await serving.engine.unload_adapter(name)
-        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
-
-
-def _allowed_path(path: str, root: Path | None) -> Path:
-    """`path` with links followed; inside `root` where there is one. Says nothing of what exists outside."""
-    try:
-        resolved = Path(os.path.realpath((root or Path.cwd()) / path))
-        inside = root is None or resolved.is_relative_to(os.path.realpath(root))
-        if inside and not resolved.is_dir():
-            raise InvalidRequest(f"there is no adapter directory {path}", "lora_path")
-    except (OSError, ValueError) as e:
-        if isinstance(e, InvalidRequest):
-            raise
-        raise InvalidRequest(f"lora_path is not a usable path: {e}", "lora_path") from e
-    if not inside:
-        raise InvalidRequest("lora_path lies outside of the directory given with --lora-root", "lora_path")
-    return resolved
-
-
 # ---------------------------------------------------------------- tokenizing
 
 
@@ -143,7 +118,7 @@ def _add_tokenizing(routes: APIRouter, serving: Serving) -> None:
     @routes.post("/tokenize", response_model=None, tags=["Tokenizer"])
     async def tokenize(http: HttpRequest, body: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation as the chat template renders it."""
-        serving.resolve(body.model)
+        await serving.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give either prompt or messages", "prompt")
         template = serving.template_of(body.chat_template)
@@ -172,7 +147,7 @@ def _add_tokenizing(routes: APIRouter, serving: Serving) -> None:
     @routes.post("/detokenize", response_model=None, tags=["Tokenizer"])
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids, special tokens included."""
-        serving.resolve(body.model)
+        await serving.check_model(body.model)
         check_ids(body.tokens, serving.report.vocab_size, "tokens")
         return _json({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)})
 

@@ -1,6 +1,7 @@
 """Builds the HTTP app: routes, key, request ids, body limit, and the way of every error into OpenAI's shape.
 
-What the routes do is in `openai.py` and `admin.py`. The engine is another process, known only by its client.
+What the routes do is in `openai.py`, `finetuning.py`, `adapters.py` and `admin.py`. The engine is another process,
+known only by its client.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import secrets
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from fastapi import FastAPI
@@ -25,17 +26,23 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tandem import __version__
-from tandem.api import admin, openai
+from tandem.api import adapters, admin, finetuning, openai
 from tandem.api.serving import Serving
 from tandem.api.stream import error_body
-from tandem.config import ServerConfig
+from tandem.config import JobsConfig, ServerConfig
 from tandem.engine.client import EngineClient
-from tandem.errors import Overloaded, TandemError
+from tandem.errors import InvalidRequest, Overloaded, TandemError
 from tandem.telemetry import Exposition, Telemetry
 from tandem.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from tandem.jobs.service import Jobs
+
 # Probes and scrapers come without a key, and what they read tells nothing of anybody's requests.
 OPEN_PATHS = frozenset(("/health", "/ping", "/ready", "/version", "/load", "/metrics", "/docs", "/openapi.json"))
+UPLOAD_PATH = "/v1/files"
+# What an upload's body has beside the file: boundaries, headers and the other fields.
+FORM_ROOM_BYTES = 2**16
 
 
 def build_app(
@@ -44,22 +51,34 @@ def build_app(
     config: ServerConfig,
     lora_root: str | None = None,
     max_loras: int = 0,
+    jobs: Jobs | None = None,
+    jobs_config: JobsConfig | None = None,
 ) -> FastAPI:
-    """The app for a started engine. `lora_root`: see `AdapterConfig`; `max_loras` is only shown in the metrics."""
-    serving = Serving(engine, tokenizer, config, Path(lora_root) if lora_root else None)
+    """The app for a started engine. `lora_root`: see `AdapterConfig`; `max_loras` is only shown in the metrics.
+
+    `jobs` is what was opened with `jobs_config` (default: its defaults). Without it there are no fine-tuning routes,
+    and adapters are only those that the engine has.
+    """
+    jobs_config = jobs_config or JobsConfig()
+    exports = Path(jobs_config.state_dir).expanduser() / "exports"
+    serving = Serving(engine, tokenizer, config, Path(lora_root) if lora_root else None, jobs, exports)
     exposition = Exposition(
         serving.telemetry, lambda: engine.stats, engine.report, serving.model_name, max_loras, config.vllm_metrics
     )
     app = FastAPI(title="Tandem", version=__version__, docs_url=None, redoc_url=None, root_path=config.root_path)
     app.state.serving = serving
     app.include_router(openai.router(serving))
+    app.include_router(adapters.router(serving))
     app.include_router(admin.router(serving, exposition))
+    if jobs is not None:
+        app.include_router(finetuning.router(serving, jobs, jobs_config))
     app.add_route("/docs", _docs, include_in_schema=False)
     app.add_exception_handler(TandemError, _on_tandem_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
-    app.add_middleware(Gate, config=config, telemetry=serving.telemetry)
+    max_form = jobs_config.max_file_bytes + FORM_ROOM_BYTES if jobs is not None else config.max_body_bytes
+    app.add_middleware(Gate, config=config, telemetry=serving.telemetry, max_form=max_form)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"],
@@ -74,10 +93,12 @@ class Gate:
     Plain ASGI, because what wraps `send` is paid for with every streamed token.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, telemetry: Telemetry, max_form: int) -> None:
+        """`max_form`: bytes that the body of an upload may have; all others are bounded by the config."""
         self._app = app
         self._key = config.api_key.encode() if config.api_key else None
         self._max_body = config.max_body_bytes
+        self._max_form = max_form
         self._telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,19 +123,30 @@ class Gate:
             return await refusal(scope, receive, send_named)
         self._telemetry.in_flight += 1
         try:
-            await self._app(scope, self._bounded(receive), send_named)
+            await self._app(scope, self._bounded(receive, self._limit(scope)), send_named)
         finally:
             self._telemetry.in_flight -= 1
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Response | None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self._key is not None and path not in OPEN_PATHS and not self._has_key(headers):
+        if self._key is not None and self._path(scope) not in OPEN_PATHS and not self._has_key(headers):
             message = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
             return _error(401, message, "authentication_error", "invalid_api_key")
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            return _error(400, "The URL holds a NUL character.", "invalid_request_error")
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:20]) > self._max_body:
-            return self._too_large()
+        limit = self._limit(scope)
+        if not length.isdigit() or int(length[:20]) > limit:
+            return self._too_large(limit)
         return None
+
+    @staticmethod
+    def _path(scope: Scope) -> str:
+        path: str = scope["path"]
+        return path.removeprefix(scope.get("root_path", ""))
+
+    def _limit(self, scope: Scope) -> int:
+        is_upload = scope["method"] == "POST" and self._path(scope) == UPLOAD_PATH
+        return max(self._max_form, self._max_body) if is_upload else self._max_body
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
@@ -122,7 +154,7 @@ class Gate:
         assert self._key is not None
         return hmac.compare_digest(given, self._key)
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _bounded(self, receive: Receive, limit: int) -> Receive:
         """For bodies that do not say their length: stop reading where the limit is passed."""
         taken = 0
 
@@ -131,19 +163,20 @@ class Gate:
             message = await receive()
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
-                if taken > self._max_body:
-                    raise HTTPException(413, self._size_message())
+                if taken > limit:
+                    raise HTTPException(413, self._size_message(limit))
             return message
 
         return bounded
 
-    def _too_large(self) -> Response:
-        response = _error(413, self._size_message(), "invalid_request_error", "request_too_large")
+    def _too_large(self, limit: int) -> Response:
+        response = _error(413, self._size_message(limit), "invalid_request_error", "request_too_large")
         response.headers["connection"] = "close"
         return response
 
-    def _size_message(self) -> str:
-        return f"The request body is larger than {self._max_body} bytes (--max-body-bytes)."
+    def _size_message(self, limit: int) -> str:
+        flag = "--max-body-bytes" if limit == self._max_body else "--max-file-bytes"
+        return f"The request body is larger than {limit} bytes ({flag})."
 
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -168,20 +201,26 @@ async def _on_tandem_error(_: HttpRequest, error: Exception) -> Response:
 async def _on_invalid_body(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
-    params = [_field_name(problem["loc"]) for problem in problems]
+    params = [_field_name(problem) for problem in problems]
     # The branches of a union each report the same field: say all they accept.
     said = dict.fromkeys(_problem_text(p) for p, param in zip(problems, params, strict=True) if param == params[0])
     text = "; or ".join(list(said)[:4])
     return _error(400, f"{params[0]}: {text}" if params[0] else text, "invalid_request_error", None, params[0] or None)
 
 
-def _field_name(loc: tuple[int | str, ...]) -> str:
+def _field_name(problem: dict[str, Any]) -> str:
     """`messages.0.content` of ("body", "messages", 0, "content", "str"): without pydantic's names of union branches."""
-    parts = [str(part) for part in loc[1:]] if loc[:1] == ("body",) else [str(part) for part in loc]
-    return ".".join(itertools.takewhile(lambda part: not _UNION_BRANCH.fullmatch(part), parts))[:256]
+    loc = problem["loc"]
+    parts = [str(part) for part in (loc[1:] if loc[:1] in _PLACES else loc)]
+    parts = list(itertools.takewhile(lambda part: not _UNION_BRANCH.fullmatch(part), parts))
+    error = problem.get("ctx", {}).get("error")
+    if isinstance(error, InvalidRequest) and error.param:  # a validator of the whole object that blames one field
+        parts.append(error.param)
+    return ".".join(parts)[:256]
 
 
-_UNION_BRANCH = re.compile(r"str|int|float|bool|constrained-.*|(list|dict|function).*\[.*|\[key\]")
+_PLACES = (("body",), ("query",), ("path",))
+_UNION_BRANCH = re.compile(r"str|int|float|bool|constrained-.*|literal\[.*|(list|dict|function).*\[.*|\[key\]")
 
 
 def _problem_text(problem: dict[str, Any]) -> str:

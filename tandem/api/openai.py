@@ -34,7 +34,7 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=None)
     async def chat_completions(http: HttpRequest, body: ChatRequest) -> Reply:
         """Answer a conversation."""
-        adapter = serving.resolve(body.model)
+        adapter = await serving.resolve(body.model)
         body.check_fields(serving.ignored_fields)
         serving.check_choices(1, body.n)
         template = serving.template_of(body.chat_template)
@@ -57,7 +57,7 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/completions", response_model=None)
     async def completions(http: HttpRequest, body: CompletionRequest) -> Reply:
         """Continue one or several texts."""
-        adapter = serving.resolve(body.model)
+        adapter = await serving.resolve(body.model)
         body.check_fields(serving.ignored_fields)
         work = []
         prompts = body.prompts()

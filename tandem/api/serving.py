@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import orjson
@@ -24,16 +24,23 @@ from tandem.telemetry import Telemetry
 from tandem.tokenizer import Tokenizer
 from tandem.work import EngineReport
 
+if TYPE_CHECKING:
+    from tandem.jobs.records import AdapterRecord
+    from tandem.jobs.service import Jobs
+
 
 @dataclass(frozen=True)
 class Serving:
-    """One per app. `lora_root`: the directory outside of which no adapter is read (None: anywhere).
+    """One per app. `lora_root`: the directory outside of which no adapter is read (None: anywhere). `jobs`: None where
+    there is no fine-tuning and no registry of adapters. `exports`: where adapters may be written beside `lora_root`.
     `ignored_fields`: the unknown request fields that were logged already. `adapter_locks`: those held or waited for."""
 
     engine: EngineClient
     tokenizer: Tokenizer
     config: ServerConfig
     lora_root: Path | None = None
+    jobs: Jobs | None = None
+    exports: Path = Path("exports")
     telemetry: Telemetry = field(default_factory=Telemetry)
     ignored_fields: set[str] = field(default_factory=set)
     adapter_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
@@ -52,13 +59,45 @@ class Serving:
     def model_name(self) -> str:
         return self.model_names[0]
 
-    def resolve(self, model: str | None) -> str | None:
-        """The adapter a model name stands for, None for the base model. Raises NotFound."""
-        if model is None or model in self.model_names or model == self.report.model:
+    def is_base(self, model: str | None) -> bool:
+        """Whether this is a name of the base model, or none at all."""
+        return model is None or model in self.model_names or model == self.report.model
+
+    async def resolve(self, model: str | None) -> str | None:
+        """The engine's adapter that a model name stands for, None for the base model.
+
+        An adapter of the registry is loaded into the engine first where it is not there. Raises NotFound, and what
+        the loading raises.
+        """
+        if model is None or self.is_base(model):
             return None
-        if model in self.engine.adapters:
-            return model
-        raise NotFound(f"The model `{model[:256]}` does not exist. GET /v1/models lists those that do.", "model")
+        if self.jobs is None:
+            found = model if model in self.engine.adapters else None
+        else:
+            found = self.jobs.resident_now(model)
+            if found is None:
+                found = await self.jobs.resident(model)
+        if found is None:
+            raise self.unknown(model)
+        return found
+
+    async def check_model(self, model: str | None) -> None:
+        """Raise NotFound for a name that stands for no model. Loads nothing."""
+        if model is None or self.is_base(model) or model in self.engine.adapters:
+            return
+        if await self.record(model) is None:
+            raise self.unknown(model)
+
+    async def record(self, name: str) -> AdapterRecord | None:
+        """The adapter of the registry that a name or an alias stands for."""
+        try:
+            return None if self.jobs is None else await self.jobs.adapter(name)
+        except NotFound:
+            return None
+
+    @staticmethod
+    def unknown(model: str) -> NotFound:
+        return NotFound(f"The model `{model[:256]}` does not exist. GET /v1/models lists those that do.", "model")
 
     def adapter_lock(self, name: str) -> asyncio.Lock:
         """Held while `name` is loaded or unloaded: what was checked of it stays true until the engine has answered."""

@@ -1,6 +1,6 @@
-"""Talking to a running server: the options every client verb shares, one streamed request, its errors in words.
+"""Talking to a running server: the options client verbs share, one plain or streamed request, its errors in words.
 
-Works with any OpenAI-compatible server. What is done with the text is the verbs' business.
+Works with any OpenAI-compatible server. What is done with the answer is the verbs' business.
 """
 
 from __future__ import annotations
@@ -29,6 +29,20 @@ class ServerAddress:
     model_name: str | None = option(None, "model or adapter to talk to (default: the first the server lists)")
 
 
+@dataclass(frozen=True)
+class Server:
+    """Which server."""
+
+    server: str = option(DEFAULT_SERVER, "the server's address", env="OPENAI_BASE_URL")
+    api_key: str | None = option(None, "its API key", env="OPENAI_API_KEY")
+
+
+def connect_to(server: str, api_key: str | None) -> httpx.Client:
+    """A client for the server at `server`, given with or without /v1; routes are relative to /v1."""
+    root = server.rstrip("/").removesuffix("/v1")
+    return connect(ServerAddress(url=root + "/v1", api_key=api_key))
+
+
 def connect(address: ServerAddress) -> httpx.Client:
     """A client for the server; opens no connection yet."""
     import httpx
@@ -50,6 +64,22 @@ def model_name(http: httpx.Client, address: ServerAddress) -> str:
     if response.status_code != 200:
         raise TandemError(failure(response.status_code, response.content))
     return response.json()["data"][0]["id"]
+
+
+def call(http: httpx.Client, method: str, route: str, **content: Any) -> Any:
+    """The JSON (or the text, where it is none) of one reply. TandemError for whatever the server refuses."""
+    import httpx
+
+    try:
+        response = http.request(method, route, **content)
+    except httpx.ConnectError as error:
+        raise unreachable(str(http.base_url).rstrip("/"), error) from error
+    except httpx.TransportError as error:
+        raise TandemError(f"the connection to the server broke: {error}") from error
+    if not response.is_success:
+        raise TandemError(failure(response.status_code, response.content))
+    is_json = response.headers.get("content-type", "").startswith("application/json")
+    return response.json() if is_json else response.text
 
 
 def unreachable(url: str, error: Exception) -> TandemError:

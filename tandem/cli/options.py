@@ -115,7 +115,8 @@ def add_config_file(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(namespace: argparse.Namespace, *classes: type) -> list[Any]:
-    """One instance per class: flags, then TANDEM_ variables, then --config, then defaults.
+    """One instance per class: flags, then TANDEM_ variables, then --config (or what a verb made of that file and left
+    in `config_entries`), then defaults.
 
     A flag's bad value is a UsageError, one from elsewhere a ConfigError.
     """
@@ -127,7 +128,7 @@ def resolve(namespace: argparse.Namespace, *classes: type) -> list[Any]:
             config.convert(known[name], value, known[name].flag)
         except config.ConfigError as error:
             raise UsageError(str(error)) from None
-    return config.resolve(classes, flags, given.get("config"))
+    return config.resolve(classes, flags, given.get("config"), given.get("config_entries"))
 
 
 def note(line: str) -> None:

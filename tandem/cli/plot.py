@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tandem.cli.coserve_figures import MODES, Row
 from tandem.cli.latency import Trial
 
 
@@ -27,5 +28,33 @@ def latencies(trials: Sequence[Trial], path: str) -> None:
         spread.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], label=name)
     spread.set(xlabel="milliseconds", ylabel="share of requests or gaps", xscale="log", ylim=(0, 1))
     spread.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def coserving(rows: Sequence[Row], closed: Sequence[Row], path: str) -> None:
+    """Training, latencies and the share within the targets over the load, one curve per mode. Runs in a closed loop are
+    points at the load that their rate comes to."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "train_tokens_per_s": ("training tokens/s", 1.0),
+        "slo_attainment": ("requests within both targets (%)", 100.0),
+        "ttft_p95": ("time to first token, p95 (s)", 1.0),
+        "tpot_p95": ("time per output token, p95 (ms)", 1e3),
+    }
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for axis, (key, (label, scale)) in zip(axes.flat, panels.items(), strict=True):
+        for i, mode in enumerate(MODES):
+            for found, style, note in ((rows, "o-", ""), (closed, "x", ", closed loop")):
+                known = [r for r in found if r.mode == mode and getattr(r, key) is not None]
+                if known and (mode != "serve" or key != "train_tokens_per_s"):
+                    points = sorted((r.load, getattr(r, key) * scale) for r in known)
+                    axis.plot(*zip(*points, strict=True), style, color=f"C{i}", label=mode + note)
+        axis.set(xlabel="load (% of what serving alone can do)", ylabel=label, ylim=(0, None))
+        axis.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

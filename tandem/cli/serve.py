@@ -1,4 +1,4 @@
-"""`tandem serve`: put the parts together (port, engine process, tokenizer, HTTP app) and watch over them.
+"""`tandem serve`: put the parts together (port, engine process, tokenizer, jobs, HTTP app) and watch over them.
 
 What the HTTP routes do is in `api/`, what the engine does in `engine/`; here is only start, stop and the lines printed.
 """
@@ -9,20 +9,22 @@ import argparse
 import asyncio
 import contextlib
 import signal
-import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tandem import __version__
 from tandem.cli import options, startup
-from tandem.config import DEMO_MODEL, EngineConfig, ServerConfig
+from tandem.cli.door import FrontDoor, bind
+from tandem.config import DEMO_MODEL, EngineConfig, JobsConfig, ServerConfig
 from tandem.errors import ConfigError
 
 if TYPE_CHECKING:
     import uvicorn
 
     from tandem.engine.client import EngineClient
+    from tandem.jobs.service import Jobs
     from tandem.tokenizer import Tokenizer
 
 GRACE_S = 10
@@ -33,19 +35,19 @@ STATS_PERIOD_S = 10.0
 
 def parser(prog: str) -> options.Parser:
     """All options of the engine and the server."""
-    made = options.Parser(prog=prog, description="Serve a model over the OpenAI API.")
+    made = options.Parser(prog=prog, description="Serve a model over the OpenAI API, and fine-tune it there.")
     add_model(made)
     options.add_config_file(made)
-    options.add(made, EngineConfig, ServerConfig, skip=("model",))
+    options.add(made, EngineConfig, ServerConfig, JobsConfig, skip=("model",))
     return made
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Serve until a signal or the engine's death. 0 after SIGTERM, 130 after Ctrl-C, 1 after the engine's death."""
     one_model(namespace)
-    engine_config, server_config = options.resolve(namespace, EngineConfig, ServerConfig)
+    engine_config, server_config, jobs_config = options.resolve(namespace, EngineConfig, ServerConfig, JobsConfig)
     check_names(engine_config, server_config)
-    return asyncio.run(_serve(engine_config, server_config))
+    return asyncio.run(_serve(engine_config, server_config, jobs_config))
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +82,7 @@ def check_names(engine_config: EngineConfig, config: ServerConfig) -> None:
         raise ConfigError(f"--lora-modules {', '.join(both)}: that is the base model's name, choose another")
 
 
-async def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+async def _serve(engine_config: EngineConfig, config: ServerConfig, jobs_config: JobsConfig) -> int:
     began = time.perf_counter()
     with bind(config.host, config.port) as listener:
         startup.say(f"Tandem {__version__}: loading {engine_config.model.model}")
@@ -88,75 +90,32 @@ async def _serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             startup.say(f"Warning: {config.host} is open to the network and there is no --api-key: anybody may use it.")
         door = FrontDoor()
         server = _http_server(door, config)
-        received = _on_signals(server, door, asyncio.current_task())
+        signals = _on_signals(server, door, asyncio.current_task())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             engine, tokenizer = await _load(engine_config, config)
             try:
-                await _open(door, engine, tokenizer, engine_config, config)
-                port = listener.getsockname()[1]
-                for line in startup.ready_lines(engine.report, config, port, time.perf_counter() - began):
-                    startup.say(line)
-                await _attend(server, serving, engine, config)
+                async with _training(jobs_config, engine, tokenizer, config, signals) as jobs:
+                    await _open(door, engine, tokenizer, engine_config, config, jobs, jobs_config)
+                    port = listener.getsockname()[1]
+                    seconds = time.perf_counter() - began
+                    for line in startup.ready_lines(engine.report, config, port, seconds, jobs_config):
+                        startup.say(line)
+                    await _attend(server, serving, engine, config, jobs, signals.first)
             finally:
                 died = engine.dead is not None
                 await engine.close()
         except asyncio.CancelledError:
             # A signal during start-up; later ones drain the server and do not come here.
-            if not received:
+            if not signals.received:
                 raise
-            return 128 + received[0]
+            return 128 + signals.received[0]
         finally:
             server.should_exit = server.force_exit = True
             await serving
     if died:
         return 1
-    return INTERRUPTED if received and received[0] == signal.SIGINT else 0
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, taken before anything slow happens. ConfigError says what is wrong with the address."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, proto)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"cannot listen on --host {host} --port {port}: {error}") from error
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(2048)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}; try another --port (0: any free one)") from error
-    listener.setblocking(False)
-    return listener
-
-
-class FrontDoor:
-    """The ASGI app of the whole life: while the engine loads it answers probes and lets everything else wait."""
-
-    def __init__(self) -> None:
-        self._app: Any = None
-        self._opened = asyncio.Event()
-
-    @property
-    def is_open(self) -> bool:
-        return self._opened.is_set()
-
-    def open(self, app: Any) -> None:
-        """Let everybody through to `app`."""
-        self._app = app
-        self._opened.set()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if not self.is_open and scope.get("path") in ("/health", "/ready"):
-            status = 200 if scope["path"] == "/health" else 503
-            headers = [(b"content-length", b"0"), (b"retry-after", b"1")]
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": b""})
-            return
-        await self._opened.wait()
-        await self._app(scope, receive, send)
+    return INTERRUPTED if signals.received and signals.received[0] == signal.SIGINT else 0
 
 
 async def _load(engine_config: EngineConfig, config: ServerConfig) -> tuple[EngineClient, Tokenizer]:
@@ -183,7 +142,8 @@ async def _load(engine_config: EngineConfig, config: ServerConfig) -> tuple[Engi
 
 def _load_tokenizer(engine_config: EngineConfig, config: ServerConfig) -> Tokenizer:
     # Imported here because this thread has the time: what the routes need takes as long as a small model's weights.
-    import tandem.api.app  # noqa: F401
+    import tandem.api.app
+    import tandem.jobs.service  # noqa: F401
     from tandem.tokenizer import Tokenizer
 
     model = engine_config.model
@@ -193,13 +153,48 @@ def _load_tokenizer(engine_config: EngineConfig, config: ServerConfig) -> Tokeni
     return Tokenizer.load(path, chat_template=config.chat_template, revision=revision)
 
 
+@contextlib.asynccontextmanager
+async def _training(
+    jobs_config: JobsConfig, engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig, signals: Signals
+) -> AsyncIterator[Jobs]:
+    """The jobs of the state directory. From the first signal on they save where they are, while requests drain.
+
+    A second signal, or the engine's death, leaves them hardly any time: they go on from their last resume point then.
+    """
+    from tandem.jobs.service import Jobs
+
+    names = dict.fromkeys([*config.served_model_name, engine.report.model])
+    jobs = await Jobs.open(jobs_config, engine, tokenizer, list(names))
+    closing = asyncio.create_task(_close_at(signals.first, jobs))
+    try:
+        yield jobs
+    finally:
+        signals.first.set()
+        hurry = asyncio.create_task(signals.second.wait())
+        patience_s = DEATH_GRACE_S if engine.dead is not None else GRACE_S
+        await asyncio.wait((closing, hurry), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not closing.done():
+            startup.say("The jobs could not save in time: they go on from their last resume point at the next start.")
+            closing.cancel()
+            await asyncio.wait((closing,))
+        elif not closing.cancelled():
+            closing.result()
+
+
+async def _close_at(stopping: asyncio.Event, jobs: Jobs) -> None:
+    await stopping.wait()
+    await jobs.close()
+
+
 async def _open(
-    door: FrontDoor, engine: EngineClient, tokenizer: Tokenizer, engine_config: EngineConfig, config: ServerConfig
-) -> None:
+    door: FrontDoor, engine: EngineClient, tokenizer: Tokenizer, engine_config: EngineConfig, config: ServerConfig,
+    jobs: Jobs, jobs_config: JobsConfig,
+) -> None:  # fmt: skip
     from tandem.api.app import build_app
 
     adapters = engine_config.adapters
-    door.open(build_app(engine, tokenizer, config, lora_root=adapters.lora_root, max_loras=adapters.max_loras))
+    door.open(build_app(engine, tokenizer, config, adapters.lora_root, adapters.max_loras, jobs, jobs_config))
 
 
 def _http_server(door: FrontDoor, config: ServerConfig) -> uvicorn.Server:
@@ -225,31 +220,44 @@ def _http_server(door: FrontDoor, config: ServerConfig) -> uvicorn.Server:
     )
 
 
-def _on_signals(server: uvicorn.Server, door: FrontDoor, loading: asyncio.Task[Any] | None) -> list[int]:
-    """The first signal drains the server, or ends the loading; the next one kills. Returns the list they go to."""
-    received: list[int] = []
+@dataclass
+class Signals:
+    """Those received so far, and whether there was a first and a second one."""
+
+    received: list[int] = field(default_factory=list)
+    first: asyncio.Event = field(default_factory=asyncio.Event)
+    second: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def _on_signals(server: uvicorn.Server, door: FrontDoor, loading: asyncio.Task[Any] | None) -> Signals:
+    """The first signal drains the server, or ends the loading; the next one kills. Returns where they are kept."""
+    signals = Signals()
 
     def stop(number: int) -> None:
-        received.append(number)
+        signals.received.append(number)
+        (signals.second if signals.first.is_set() else signals.first).set()
         server.should_exit = True
-        server.force_exit = len(received) > 1
+        server.force_exit = len(signals.received) > 1
         if not door.is_open and loading:
             loading.cancel()
-        elif len(received) == 1:
-            startup.say(f"Stopping: finishing running requests for up to {GRACE_S} s (again to stop at once).")
+        elif len(signals.received) == 1:
+            startup.say(
+                f"Stopping: finishing running requests and saving jobs for up to {GRACE_S} s (again to stop at once)."
+            )
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    return received
+    return signals
 
 
 async def _attend(
-    server: uvicorn.Server, serving: asyncio.Task[None], engine: EngineClient, config: ServerConfig
-) -> None:
+    server: uvicorn.Server, serving: asyncio.Task[None], engine: EngineClient, config: ServerConfig, jobs: Jobs,
+    stopping: asyncio.Event,
+) -> None:  # fmt: skip
     """Until the server has stopped: print figures, and stop it when the engine dies."""
     tasks = [asyncio.create_task(_watch(server, engine))]
     if not config.disable_log_stats:
-        tasks.append(asyncio.create_task(startup.print_stats(engine, STATS_PERIOD_S)))
+        tasks.append(asyncio.create_task(startup.print_stats(engine, STATS_PERIOD_S, jobs, stopping)))
     try:
         await serving
     finally:

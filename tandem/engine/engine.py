@@ -10,10 +10,10 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -23,6 +23,7 @@ from tandem.engine.sampler import Draw
 from tandem.engine.training import Report, Training
 from tandem.engine.worker import RowInput, Worker
 from tandem.errors import ContextTooLong, InvalidRequest, Overloaded, TandemError
+from tandem.finetune.run import LayerPairs, Pair
 from tandem.memory.adapters import AdapterTable
 from tandem.memory.blocks import BlockPool
 from tandem.model.adapter import AdapterWeights
@@ -49,9 +50,6 @@ from tandem.work import (
     Update,
     UpdateReport,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Steps kept for `plan_log`: a bad minute can be looked at afterwards.
 PLAN_LOG_STEPS = 4096
@@ -415,11 +413,11 @@ class Engine:
         """Write the run to a new directory. Raises TandemError."""
         self._finish(Save(run_id, str(path)))
 
-    def gradients(self, run_id: str) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+    def gradients(self, run_id: str) -> dict[tuple[int, str], Pair]:
         """By (layer, target): the gradients of a_RI and b_RO (lora_B transposed, without scaling), float32."""
         return _by_name(self.training.device_run(run_id).gradients)
 
-    def weights(self, run_id: str) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+    def weights(self, run_id: str) -> dict[tuple[int, str], Pair]:
         """By (layer, target): a_RI and b_RO, as `gradients`."""
         return _by_name(self.training.device_run(run_id).weights)
 
@@ -457,5 +455,5 @@ class Engine:
         return list(found.values())
 
 
-def _by_name(layers: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+def _by_name(layers: LayerPairs) -> dict[tuple[int, str], Pair]:
     return {(index, name): pair for index, layer in enumerate(layers) for name, pair in layer.items()}

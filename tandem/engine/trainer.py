@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tandem.config import TrainingConfig
-from tandem.errors import BudgetError, InvalidRequest
+from tandem.errors import BudgetError, Diverged, InvalidRequest
 from tandem.finetune import checkpoint
 from tandem.finetune.losses import cross_entropy
 from tandem.finetune.run import LayerPairs, Run
@@ -268,10 +268,6 @@ class Trainer:
     def end(self, batch_id: int) -> None:
         del self._flights[batch_id]
 
-    def restart(self, batch_id: int) -> None:
-        """Forget a microbatch's forward pass."""
-        self._flights[batch_id].micro.restart()
-
     def tokens(self, batch_id: int, row: int) -> Sequence[int]:
         """Token ids of a training row."""
         return self._flights[batch_id].rows[row][1]
@@ -341,6 +337,11 @@ class Trainer:
         if piece.stop == run.num_parameters:
             run.optimizer.step += 1
             self._refresh(piece.batch)
+            if not bool(run.weights_P.sum().isfinite()):
+                raise Diverged(
+                    f"optimiser step {run.optimizer.step} left weights that are not finite: lower the learning rate "
+                    "and go on from an earlier checkpoint"
+                )
 
     def discard_gradients(self, version: int) -> None:
         """Forget what passes have added up."""

@@ -176,10 +176,7 @@ class Training:
         """Take or give up the blocks that a plan's training rows need."""
         batch = self._progress.forward
         if plan.evicts_training:
-            assert batch is not None
-            self._release(batch)
-            self._progress.evict()
-            self.trainer.restart(batch.batch_id)
+            self._release(self._progress.evict())
         elif batch is not None and any(s.row < 0 for s in plan.segments):
             for row in batch.rows:
                 self._blocks.hold(row.row, row.length)
@@ -264,6 +261,7 @@ class Training:
     def _diverged(self, piece: Slice, error: Diverged) -> tuple[Queued, Diverged]:
         run = next(r for r in self._progress.runs.values() if r.version == piece.batch)
         self.trainer.discard_gradients(run.version)
+        run.may_ride = False  # its factors may hold infinities, which the stacked pool would spread to other rows
         return self._progress.pop(run.run_id), error
 
     def _outcome(self, queued: Queued) -> Report:

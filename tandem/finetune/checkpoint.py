@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ def _state(run: Run) -> dict[str, Tensor]:
     }
 
 
-def _peft_tensors(run: Run, module_of: Callable[[int, str], str]) -> Mapping[str, Tensor]:
+def _peft_tensors(run: Run, module_of: Callable[[int, str], str]) -> dict[str, Tensor]:
     tensors = {}
     for index, layer in enumerate(run.weights):
         for target, (a_RI, b_RO) in layer.items():

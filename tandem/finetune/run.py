@@ -16,8 +16,9 @@ from torch import Tensor
 from tandem.finetune.optimizer import AdamW
 from tandem.work import LoraConfig
 
-# Per layer, by target: (a_RI, b_RO).
-LayerPairs = Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+Pair = tuple[Tensor, Tensor]  # (a_RI, b_RO)
+# Per layer, by target.
+LayerPairs = Sequence[Mapping[str, Pair]]
 
 
 class Run:

@@ -173,12 +173,6 @@ class Microbatch:
                 self._kept[layer, name] = self._new(rows.shape[1])
             self._kept[layer, name][start : start + len(rows)] = rows
 
-    def restart(self) -> None:
-        """Forget the forward pass but for the first layer's input."""
-        self._inputs = {0: self._inputs[0]}
-        self._kept.clear()
-        self._keys = None
-
     @property
     def nbytes(self) -> int:
         """Bytes held now."""

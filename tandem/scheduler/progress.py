@@ -264,9 +264,9 @@ class Progress:
         return self._runs[run_id].ops.popleft()
 
     def evict(self) -> Batch:
-        """The microbatch on its way up has lost its keys and values: it starts again."""
+        """The microbatch on its way up has lost its blocks: it goes on in slices, which rebuild keys and values."""
         assert self.forward is not None and self.forward.layer is None
-        self.forward.done = 0
+        self.forward.layer, self.forward.cut = 0, self.forward.done
         return self.forward
 
 

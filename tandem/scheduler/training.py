@@ -183,14 +183,12 @@ def fill(
     room_s = limits.step_s if is_alone else min(slack_s - serving_s, limits.step_s)
     segments: tuple[Segment, ...] = ()
     forward = view.forward
-    if forward is not None and not is_alone and limits.may_ride and forward.may_ride and forward.layer is None:
-        needed = sum(-(-row.length // block_size) for row in forward.rows) - forward.held_blocks
-        if needed <= free_blocks:
-            tokens = _ride(forward, view, load, cost, limits, room_s)
-            segments = _segments(forward.rows, forward.done, forward.done + tokens)
-            for s in segments:
-                load = load.plus(s.start, s.length, 0)
-            room_s -= cost.seconds(load) - serving_s
+    if forward is not None and not is_alone and _may_ride(forward, limits, free_blocks, block_size):
+        tokens = _ride(forward, view, load, cost, limits, room_s)
+        segments = _segments(forward.rows, forward.done, forward.done + tokens)
+        for s in segments:
+            load = load.plus(s.start, s.length, 0)
+        room_s -= cost.seconds(load) - serving_s
         forward = None  # what did not ride now rides in the next step
     draft = _Slices(limits, view.num_layers, room_s, is_alone)
     for update in view.updates:
@@ -200,6 +198,12 @@ def fill(
     elif forward is not None:
         draft.forward(forward)
     return Training(segments, tuple(draft.slices), draft.slices_s)
+
+
+def _may_ride(forward: ForwardView, limits: TrainLimits, free_blocks: int, block_size: int) -> bool:
+    """Whether the microbatch's keys and values fit the cache and its forward pass has not begun in slices."""
+    needed = sum(-(-row.length // block_size) for row in forward.rows) - forward.held_blocks
+    return limits.may_ride and forward.may_ride and forward.layer is None and needed <= free_blocks
 
 
 def _ride(

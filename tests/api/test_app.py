@@ -13,6 +13,7 @@ import time
 import httpx
 import msgspec
 import pytest
+from fake_jobs import FakeJobs
 from prometheus_client.parser import text_string_to_metric_families
 
 from tandem.api.app import build_app
@@ -40,6 +41,29 @@ POST /v1/load_lora_adapter
 POST /v1/unload_lora_adapter
 """.split("\n")[1:-1]
 
+JOBS_ROUTES = """
+DELETE /v1/adapters/{name:path}
+DELETE /v1/files/{file_id}
+GET /v1/adapters
+GET /v1/adapters/{name:path}/content
+GET /v1/files
+GET /v1/files/{file_id}
+GET /v1/files/{file_id}/content
+GET /v1/fine_tuning/jobs
+GET /v1/fine_tuning/jobs/{job_id}
+GET /v1/fine_tuning/jobs/{job_id}/checkpoints
+GET /v1/fine_tuning/jobs/{job_id}/events
+POST /v1/adapters
+POST /v1/adapters/export
+POST /v1/adapters/promote
+POST /v1/adapters/rollback
+POST /v1/files
+POST /v1/fine_tuning/jobs
+POST /v1/fine_tuning/jobs/{job_id}/cancel
+POST /v1/fine_tuning/jobs/{job_id}/pause
+POST /v1/fine_tuning/jobs/{job_id}/resume
+""".split("\n")[1:-1]
+
 
 @pytest.fixture
 async def http(app):
@@ -56,7 +80,7 @@ def error_of(response: httpx.Response) -> dict:
     return body["error"]
 
 
-def test_the_list_of_routes(app):
+def test_the_list_of_routes(app, engine, tokenizer, tmp_path):
     def walk(routes):
         for route in routes:
             if hasattr(route, "path") and getattr(route, "methods", None):
@@ -64,6 +88,8 @@ def test_the_list_of_routes(app):
             yield from walk(getattr(getattr(route, "original_router", None), "routes", ()))
 
     assert sorted(set(walk(app.routes))) == ROUTES
+    with_jobs = build_app(engine, tokenizer, ServerConfig(), jobs=FakeJobs(tmp_path, engine))
+    assert sorted(set(walk(with_jobs.routes))) == sorted([*ROUTES, *JOBS_ROUTES])
 
 
 def test_the_api_imports_no_torch():

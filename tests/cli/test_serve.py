@@ -1,12 +1,14 @@
 """`tandem serve` as a user runs it: a process with the embedded model, the real SDK, signals, exit codes."""
 
 import contextlib
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -49,6 +51,23 @@ class Server:
         self.reader.join(5)
         return code
 
+    def train(self):
+        """A job that goes on for longer than any test; returns once it has made some steps."""
+        rows = [json.dumps({"prompt": f"Fact {i}?", "completion": f" It is {i * 7}."}) for i in range(64)]
+        file = self.sdk.files.create(file=("facts.jsonl", "\n".join(rows).encode()), purpose="fine-tune")
+        job = self.sdk.fine_tuning.jobs.create(
+            model="demo", training_file=file.id, hyperparameters={"n_epochs": 1000, "batch_size": 2},
+            extra_body={"tandem": {"rank": 4}},
+        )  # fmt: skip
+        self.wait_for_step(job.id, 3)
+        return job.id
+
+    def wait_for_step(self, job_id, step):
+        deadline = time.monotonic() + READY_S
+        while (job := self.sdk.fine_tuning.jobs.retrieve(job_id)).tandem["step"] < step:
+            assert time.monotonic() < deadline and job.status != "failed", job
+            time.sleep(0.05)
+
     def stream(self, max_tokens):
         return self.sdk.completions.create(
             model="demo", prompt="Once", max_tokens=max_tokens, stream=True, extra_body={"ignore_eos": True}
@@ -56,9 +75,11 @@ class Server:
 
 
 def clean_environment():
-    """Less what steers Tandem. Threads wait passively, so that other work on the machine fails no test."""
+    """Less what steers Tandem, and with a state directory of its own. Threads wait passively, so that other work on the
+    machine fails no test."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TANDEM_", "OPENAI_"))}
-    return {**kept, "OMP_WAIT_POLICY": "passive"}
+    state_dir = tempfile.mkdtemp(dir=os.environ["TANDEM_STATE_DIR"])
+    return {**kept, "OMP_WAIT_POLICY": "passive", "TANDEM_STATE_DIR": state_dir}
 
 
 @contextlib.contextmanager
@@ -99,6 +120,7 @@ def test_serves_the_sdk_then_drains_on_sigterm():
         server.wait_ready()
         assert len(server.lines) <= 15, server.output
         assert f"export OPENAI_BASE_URL={url}/v1\n" in server.lines
+        assert f"State    {os.environ['TANDEM_STATE_DIR']}" in server.output and "SQLite" in server.output
         assert httpx.get(url + "/ready").status_code == 200
 
         stream = iter(server.stream(max_tokens=120))
@@ -134,7 +156,7 @@ def test_ctrl_c_drains_and_the_second_one_kills():
 
 def test_the_engines_death_ends_the_server_with_an_error():
     with serving() as server:
-        server.wait_ready()
+        server.wait_ready().train()
         (engine,) = psutil.Process(server.process.pid).children()
         stream = iter(server.stream(max_tokens=1500))
         next(stream)
@@ -144,7 +166,30 @@ def test_the_engines_death_ends_the_server_with_an_error():
             list(stream)
         assert server.wait(10) == 1
         assert time.monotonic() - began < 2.5
-        assert "The engine is gone" in server.output
+        assert "The engine is gone" in server.output and "Traceback" not in server.output, server.output
+
+
+def test_a_job_goes_on_where_sigterm_found_it(tmp_path):
+    with serving("--state-dir", str(tmp_path)) as server:
+        job_id = server.wait_ready().train()
+        with serving("--state-dir", str(tmp_path)) as second:
+            assert second.wait(READY_S) == 3, second.output
+            assert "another Tandem server uses the state directory" in second.output
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(15) == 0 and "Traceback" not in server.output, server.output
+    with serving("--state-dir", str(tmp_path)) as server:
+        jobs = server.wait_ready().sdk.fine_tuning.jobs
+        stopped = jobs.retrieve(job_id).tandem["step"]
+        server.wait_for_step(job_id, stopped + 2)
+        events = list(jobs.list_events(job_id, limit=100))
+        found = [m for event in events if (m := re.search(r"(Stopped at|resumed from) step (\d+)", event.message))]
+        assert [m[1] for m in found] == ["resumed from", "Stopped at"] and found[0][2] == found[1][2]
+        # Nothing was done twice, and nothing left out.
+        steps = [event.data["step"] for event in events if event.type == "metrics"]
+        assert steps == list(range(steps[0], 0, -1))
+        jobs.cancel(job_id)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(15) == 0 and "Traceback" not in server.output, server.output
 
 
 def test_a_server_killed_outright_takes_its_engine_along():

@@ -19,7 +19,7 @@ def make_engine(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Eng
 
     def make(family: str = "llama", dtype: str = "float32", **options: Any) -> Engine:
         configs: dict[str, Any] = {}
-        kinds = {"cache": CacheConfig, "scheduler": SchedulerConfig, "adapters": AdapterConfig, "training": TrainingConfig}
+        kinds = dict(cache=CacheConfig, scheduler=SchedulerConfig, adapters=AdapterConfig, training=TrainingConfig)
         for name, kind in kinds.items():
             own = {key: options.pop(key) for key in list(options) if key in kind.__dataclass_fields__}
             configs[name] = kind(**({"num_blocks": 200} if name == "cache" else {}) | own)

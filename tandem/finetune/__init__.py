@@ -1,0 +1,1 @@
+"""What learning means: data, losses, updates, checkpoints. Knows no requests and no jobs."""
