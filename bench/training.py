@@ -6,8 +6,8 @@
     python bench/training.py idle --model DIR --other CHECKOUT --rounds 10
 
 against-peft: training tokens/s in turns, the ratio of medians. memory: peak PSS of this process and the engine's while
-it trains, KV pool included, less one copy of the weights; given --peft-python also the PEFT loop's, plain and with checkpointing.
-idle: serving without a job, in turns with another checkout of this project; the median of the ratios.
+it trains, KV pool included, less one copy of the weights; given --peft-python also the PEFT loop's, plain and with
+checkpointing. idle: serving without a job, in turns with another checkout of this project; the median of the ratios.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
 
-from tandem.cli import coserve_cells, coserve_figures, coserve_peers, options
+from tandem.cli import coserve_cells, coserve_peers, options
 from tandem.cli.coserve_cells import Job
 from tandem.cli.coserve_report import machine
 from tandem.config import EngineConfig
@@ -119,16 +118,13 @@ async def _train(args: argparse.Namespace, job: Job) -> dict:
     async with _peak_pss() as whole, _engine(args) as engine:
         started = _pss()
         async with coserve_cells.training(engine, job, 0) as counter, _peak_pss() as peak:
-            while engine.stats.train_tokens < job.batch * job.length:
-                await asyncio.sleep(coserve_cells.GLANCE_S)
-            begin, enough = time.perf_counter(), 3 * job.batch * job.length
-            while time.perf_counter() < begin + args.seconds or engine.stats.train_tokens < enough:
-                await asyncio.sleep(coserve_cells.GLANCE_S)
-            stop, _ = counter.readings[-1]
-        first = next(at for at, tokens in counter.readings if tokens >= job.batch * job.length)
+            step_tokens = job.batch * job.length
+            start, first = await _reading(counter, step_tokens)
+            await asyncio.sleep(args.seconds)
+            stop, last = await _reading(counter, first + 2 * step_tokens)
         weights = engine.report.weight_bytes
         return {
-            "tokens_per_s": coserve_figures.tokens_per_s(counter.readings, first, stop),
+            "tokens_per_s": (last - first) / (stop - start),
             "peak_pss_bytes": max(peak[0], whole[0]),
             "peak_pss_while_training_bytes": peak[0],
             "pss_before_training_bytes": started,
@@ -137,6 +133,13 @@ async def _train(args: argparse.Namespace, job: Job) -> dict:
             # Loading maps the checkpoint's file for a moment; what training takes is what comes afterwards.
             "peak_beyond_weights_bytes": peak[0] - weights,
         }
+
+
+async def _reading(counter: coserve_cells.Counter, tokens: int) -> tuple[float, int]:
+    """The newest reading, once it has so many tokens."""
+    while counter.readings[-1][1] < tokens:
+        await asyncio.sleep(coserve_cells.GLANCE_S)
+    return counter.readings[-1]
 
 
 @contextlib.asynccontextmanager
@@ -184,7 +187,8 @@ def _pss() -> int:
 
 def idle(args: argparse.Namespace) -> dict:
     """Offline throughput of this checkout by another one's, in turns: per workload the median of the ratios."""
-    here, ratios = str(Path(__file__).resolve().parents[1]), {}
+    here = str(Path(__file__).resolve().parents[1])
+    ratios: dict[str, list[float]] = {}
     for turn in range(args.rounds):
         found = {}
         for checkout in (here, args.other) if turn % 2 == 0 else (args.other, here):

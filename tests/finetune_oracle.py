@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +19,11 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tandem.config import AdapterConfig, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, TrainingConfig
-from tandem.engine.engine import Engine
 from tandem.model.spec import load_spec, targets
 from tandem.work import AdamParams, Example, LoraConfig, Pass, PassReport, TrainOp, Update, UpdateReport
 
 Factors = dict[tuple[int, str], tuple[Tensor, Tensor]]
 PARAMETER = re.compile(r"layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.default\.weight$")
-PARTS: dict[str, Any] = {
-    "cache": CacheConfig, "scheduler": SchedulerConfig, "adapters": AdapterConfig, "training": TrainingConfig,
-}  # fmt: skip
 DROPOUT = re.compile(r"layers\.(\d+)\.\w+\.(\w+)\.lora_dropout$")
 
 
@@ -101,25 +96,6 @@ def gentle_models(folder: Path) -> Callable[[str], Path]:
         return built[family]
 
     return get
-
-
-def engines(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]:
-    """For a fixture: make("llama", train_window=7, num_blocks=40, ...); every engine is checked for leaks when the
-    test ends."""
-    made: list[Engine] = []
-
-    def make(family: str = "llama", dtype: str = "float32", **options: Any) -> Engine:
-        configs: dict[str, Any] = {}
-        for part, kind in PARTS.items():
-            own = {name: options.pop(name) for name in list(options) if name in kind.__dataclass_fields__}
-            configs[part] = kind(**({"num_blocks": 200} if part == "cache" else {}) | own)
-        model = ModelConfig(model=str(tiny_model(family)), dtype=dtype, **options)
-        made.append(Engine(EngineConfig(model=model, **configs)))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.check()
 
 
 def copied(factors: Factors) -> Factors:

@@ -12,7 +12,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from tandem.cli import coserve_figures, options, serve
-from tandem.cli.coserve_plan import CoserveOptions, PeerOptions, Plan
+from tandem.cli.coserve_options import CoserveOptions, PeerOptions
+from tandem.cli.coserve_plan import Plan
 from tandem.cli.coserve_report import Report
 from tandem.config import EngineConfig
 from tandem.errors import ConfigError, TandemError
@@ -41,7 +42,7 @@ def run(namespace: argparse.Namespace) -> int:
         from tandem.cli.plot import coserving
 
         coserving(report.rows, report.closed_rows, wanted.plot)
-    print("\n".join(["", *coserve_figures.verdicts(report.rows)]))
+    print("\n".join(["", *coserve_figures.verdicts(report.rows, report.closed_rows)]))
     return 0
 
 

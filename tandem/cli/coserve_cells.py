@@ -162,10 +162,15 @@ async def ask(engine: EngineClient, arrival: Arrival, request_id: str, trial: Tr
 
 
 async def open_loop(
-    engine: EngineClient, arrivals: Sequence[Arrival], span: Span, job: Job | None, seed: int
+    engine: EngineClient,
+    arrivals: Sequence[Arrival],
+    span: Span,
+    job: Job | None,
+    seed: int,
+    drain_s: float | None = None,
 ) -> tuple[list[Trial], float]:
     """Send each request at its time whatever became of the earlier ones. The trials of those that came within the
-    measured time, and the tokens trained per second of it."""
+    measured time, and the tokens trained per second of it. Answers are waited for `drain_s` (default: DRAIN_S)."""
     async with training(engine, job, seed) as counter:
         begin = time.perf_counter()
         trials: list[Trial] = []
@@ -178,7 +183,7 @@ async def open_loop(
                 tasks.append(asyncio.create_task(ask(engine, arrival, f"bench-{begin:.3f}-{i}", trials[-1])))
             await _until(begin + span.total_s)
             if counted := [t for t, a in zip(tasks, arrivals, strict=True) if _counts(a, span)]:
-                await asyncio.wait(counted, timeout=DRAIN_S)
+                await asyncio.wait(counted, timeout=DRAIN_S if drain_s is None else drain_s)
             _raise_dead(tasks)
         finally:
             for task in tasks:

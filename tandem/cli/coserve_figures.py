@@ -209,8 +209,8 @@ def line(label: str, found: Row) -> str:
     )
 
 
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Per load, what sharing costs serving and what it keeps of training, in sentences."""
+def verdicts(rows: Sequence[Row], closed: Sequence[Row] = ()) -> list[str]:
+    """Per load, what sharing costs serving and what it keeps of training, in sentences; then the `closed` loops."""
     by_cell = {(r.mode, r.load): r for r in rows}
     said = []
     for both in (r for r in rows if r.mode == "coserve" and r.load and r.retained is not None):
@@ -227,7 +227,20 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             if turns.slo_attainment is not None:
                 text += f" (which keeps {turns.slo_attainment:.1%} within the targets)"
         said.append(text)
+    ours = next((r for r in closed if r.mode == "coserve"), None)
+    for theirs in (r for r in closed if r.mode == "two-processes"):
+        if ours is not None and theirs.train_tokens_per_s:
+            said.append(
+                f"closed loop: {ours.train_tokens_per_s / theirs.train_tokens_per_s:.2f}x the training of two "
+                f"processes, TPOT p95 {_beside(ours.tpot_p95, theirs.tpot_p95)}, "
+                f"TTFT p95 {_beside(ours.ttft_p95, theirs.ttft_p95)}"
+            )
     return said
+
+
+def _beside(ours: float | None, theirs: float | None) -> str:
+    cells = ("none" if s is None else f"{s * 1e3:.0f} ms" for s in (ours, theirs))
+    return " against ".join(cells)
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

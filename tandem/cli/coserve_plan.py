@@ -1,4 +1,4 @@
-"""The options of `tandem bench coserve`, the order of its runs, and the engine that lives through them.
+"""What `tandem bench coserve` does, from the first look to the last run, and the engine that lives through it.
 
 A run on the engine is `coserve_cells`, one on the peers `coserve_peers`; what the figures mean is `coserve_figures`.
 """
@@ -9,94 +9,29 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tandem.cli import coserve_cells, coserve_figures, options
 from tandem.cli.coserve_cells import Job, Span
-from tandem.cli.coserve_figures import MODES, Cell, Targets
+from tandem.cli.coserve_figures import Cell, Targets
+from tandem.cli.coserve_options import (
+    SINGLE_STREAM_FACTOR,
+    CoserveOptions,
+    PeerOptions,
+    order,
+    parse_loads,
+    parse_modes,
+)
 from tandem.cli.coserve_report import Report, machine
 from tandem.cli.latency import Trial
 from tandem.cli.workload import Arrival, Shape
-from tandem.config import DEMO_MODEL, EngineConfig, option
+from tandem.config import DEMO_MODEL, EngineConfig
 from tandem.engine.client import EngineClient
 from tandem.hub import resolve_model
 
-SINGLE_STREAM_FACTOR = 2.0
 # Requests of a closed loop before they come round again.
 LOOP_REQUESTS = 512
-
-
-@dataclass(frozen=True)
-class CoserveOptions:
-    """The measurement."""
-
-    trace: str | None = option(None, "where lengths come from: CSV or JSON lines", metavar="FILE")
-    trace_scale: float = option(8.0, "divide the trace's lengths by this", low=1e-9)
-    loads: str = option("0,25,50,75,100", "per cent of the highest rate at which serving alone keeps its targets")
-    modes: str = option("", f"of {','.join(MODES)} (default: all, two-processes if both --*-python are given)")
-    seconds: float = option(180.0, "measured time of each run", low=0.1)
-    warm_up_seconds: float = option(15.0, "time before it (and as much after it) that does not count", low=0.0)
-    capacity: float | None = option(None, "requests per second that are 100 % (default: found by search)", low=1e-9)
-    search_seconds: float = option(60.0, "measured time of each run of that search", low=0.1)
-    search_steps: int = option(4, "its bisections", low=0)
-    target_ttft_ms: float = option(3000.0, "time to first token that requests must keep", low=0.0)
-    target_tpot_ms: float | None = option(
-        None, f"time per output token (default: {SINGLE_STREAM_FACTOR:g}x that of one stream alone)", low=0.0
-    )
-    train_batch: int = option(4, "training sequences per optimiser step", low=1)
-    train_length: int = option(512, "their tokens", low=1)
-    train_rank: int = option(16, "rank of the adapter, on all linears", low=1)
-    closed_streams: int = option(4, "streams of the closed loop that two processes are measured with", low=1)
-    json: str | None = option(None, "write the rows here as a JSON list, and what they stand on to FILE.run.json")
-    plot: str | None = option(None, "draw one curve per mode into this PNG (needs matplotlib)")
-
-
-@dataclass(frozen=True)
-class PeerOptions:
-    """What it is compared with."""
-
-    vllm_python: str | None = option(None, "Python of an environment with vLLM's CPU build", metavar="PATH")
-    peft_python: str | None = option(None, "Python of an environment with transformers and PEFT", metavar="PATH")
-    peft_tokens_per_s: float | None = option(
-        None, "training tokens/s of the PEFT loop alone (default: measured, if there is --peft-python)", low=0.0
-    )
-
-
-def parse_loads(text: str) -> list[float]:
-    """'0,25,100' -> [0.0, 25.0, 100.0], ascending. UsageError for anything else."""
-    try:
-        loads = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        raise options.UsageError(f"--loads wants numbers such as 0,25,50, not {text!r}") from None
-    if loads[0] < 0 or not all(load < float("inf") for load in loads):
-        raise options.UsageError(f"--loads are per cent of the highest rate, 0 or more, not {text!r}")
-    return loads
-
-
-def parse_modes(text: str, peers: PeerOptions) -> tuple[str, ...]:
-    """'serve,coserve' -> those modes in the usual order; all that are possible for ''. UsageError for anything else."""
-    has_peers = bool(peers.vllm_python and peers.peft_python)
-    if not text:
-        return MODES if has_peers else MODES[:-1]
-    named = {part.strip() for part in text.split(",")}
-    if unknown := named - set(MODES):
-        raise options.UsageError(f"--modes knows {', '.join(MODES)}, not {', '.join(sorted(unknown))}")
-    if "two-processes" in named and not has_peers:
-        raise options.UsageError("--modes two-processes needs --vllm-python and --peft-python")
-    return tuple(mode for mode in MODES if mode in named)
-
-
-def order(loads: Sequence[float], modes: Sequence[str]) -> list[tuple[float, str]]:
-    """The runs on our engine: training alone first, then load by load, so that what is compared is measured close
-    together. Temporal sharing needs an engine of its own; which of the two goes first changes from load to load, so
-    that one start serves two loads."""
-    found = [(0.0, "train")] if "train" in modes else []
-    for i, load in enumerate(loads):
-        shared = [(load, mode) for mode in ("serve", "coserve") if mode in modes and (load or mode != "serve")]
-        turns = [(load, "temporal")] if "temporal" in modes else []
-        found += shared + turns if i % 2 == 0 else turns + shared
-    return found
 
 
 class Plan:
@@ -189,6 +124,7 @@ class Plan:
                               "prompt_tokens": alone.prompt_tokens, "output_tokens": alone.output_tokens},
             "training": {"rank": self.job.rank, "targets": "all-linear", "sequences_per_step": self.job.batch,
                          "tokens_per_sequence": self.job.length},
+            "peft_tokens_per_s": peft,
             "seconds": wanted.seconds, "warm_up_seconds": wanted.warm_up_seconds, "seed": self.seed,
         }  # fmt: skip
         return Report(ground, targets, peft), alone
@@ -199,7 +135,11 @@ class Plan:
             span = Span(min(self.wanted.warm_up_seconds, 10.0), self.wanted.search_seconds)
 
             async def measure(rate: float) -> float | None:
-                trials, _ = await coserve_cells.open_loop(engine, self._arrivals(rate, span), span, None, self.seed)
+                asked = self._arrivals(rate, span)
+                # Whoever is not done by then has missed a target.
+                targets, longest = report.targets, max((a.output_len for a in asked), default=0)
+                drain_s = targets.ttft_s + longest * targets.tpot_s
+                trials, _ = await coserve_cells.open_loop(engine, asked, span, None, self.seed, drain_s)
                 share = coserve_figures.attainment(trials, report.targets)
                 said = "no request came" if share is None else f"{share:.1%} of {len(trials)} within the targets"
                 options.note(f"serving alone at {rate:.3f} requests/s: {said}")
@@ -265,7 +205,8 @@ class Plan:
 
         assert self.peers.vllm_python and self.peers.peft_python
         model, dtype, streams = self._model_path(), self._dtype(), self.wanted.closed_streams
-        longest = max(s.prompt_len + s.output_len for s in self.shapes) + 16
+        # The test request asks for four tokens.
+        longest = max(s.prompt_len + max(4, s.output_len) for s in self.shapes)
         train = coserve_peers.peft_command(self.peers.peft_python, model, dtype, self.job)
         options.note("starting vLLM ...")
         async with contextlib.AsyncExitStack() as stack:

@@ -51,7 +51,9 @@ def coserving(rows: Sequence[Row], closed: Sequence[Row], path: str) -> None:
         for i, mode in enumerate(MODES):
             for found, style, note in ((rows, "o-", ""), (closed, "x", ", closed loop")):
                 known = [r for r in found if r.mode == mode and getattr(r, key) is not None]
-                if known and (mode != "serve" or key != "train_tokens_per_s"):
+                if mode == "train" and key == "train_tokens_per_s" and len(known) == 1:
+                    axis.axhline(getattr(known[0], key), linestyle="--", color=f"C{i}", label=mode)
+                elif known and (mode != "serve" or key != "train_tokens_per_s"):
                     points = sorted((r.load, getattr(r, key) * scale) for r in known)
                     axis.plot(*zip(*points, strict=True), style, color=f"C{i}", label=mode + note)
         axis.set(xlabel="load (% of what serving alone can do)", ylabel=label, ylim=(0, None))

@@ -322,7 +322,9 @@ class Trainer:
         for op_id, nll, loss, best in zip(
             flight.ops_M[part], found.nll_M.tolist(), weighted, found.is_best_M.tolist(), strict=True
         ):
-            totals = self._totals[op_id]
+            totals = self._totals.get(op_id)
+            if totals is None:  # its run was closed meanwhile
+                continue
             totals.loss += loss
             totals.nll += nll
             totals.num_tokens += 1

@@ -21,9 +21,7 @@ LARGEST_WINDOW = 512
 WINDOW_STEP = 32
 FIXED_WINDOW = 256
 UPDATE_STEP = 2**23
-RIDE_STEP = 16
-# Riding tokens are worth their time up to this share of what their own slices would take.
-RIDE_SHARE = 0.7
+RIDE_STEP = 8
 
 
 class TrainRow(NamedTuple):
@@ -209,19 +207,20 @@ def _may_ride(forward: ForwardView, limits: TrainLimits, free_blocks: int, block
 def _ride(
     forward: ForwardView, view: TrainView, load: Load, cost: CostModel, limits: TrainLimits, room_s: float
 ) -> int:
-    """How many tokens ride. Beside other training work only as many as cost clearly less than slices of their own."""
+    """How many tokens ride. The first cost least, in every step: beside a microbatch on its way down only as many ride as
+    the rest of the time can take down."""
     base_s = cost.seconds(load)
-    own_s = limits.cost.seconds("forward", LARGEST_WINDOW) / LARGEST_WINDOW * view.num_layers
-    is_only_use = view.backward is None and not view.updates
+    down_s = 0.0
+    if view.backward is not None:
+        down_s = limits.cost.seconds("backward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
     most = min(forward.num_tokens - forward.done, limits.window or LARGEST_WINDOW)
     best = 0
     for tokens in sorted({most, *range(RIDE_STEP, most, RIDE_STEP)}):
         pairs = pairs_of(forward.rows, forward.done, forward.done + tokens)
         added_s = cost.seconds(Load(load.tokens + tokens, load.context, load.pairs + pairs, load.samples)) - base_s
-        if added_s > room_s:
+        if added_s + down_s * tokens > room_s:
             break
-        if is_only_use or added_s <= RIDE_SHARE * own_s * tokens:
-            best = tokens
+        best = tokens
     return best
 
 

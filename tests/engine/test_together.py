@@ -7,7 +7,7 @@ plans to see that it did.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,6 @@ BF16_TOLERANCE = 0.05
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return oracle.gentle_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def make_engine(tiny_model: TinyModel) -> Iterator[MakeEngine]:
-    yield from oracle.engines(tiny_model)
 
 
 def prompts(seed: int = 0, lengths: Iterable[int] = (1, 5, 16, 17, 33, 60)) -> list[list[int]]:

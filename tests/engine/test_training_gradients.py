@@ -5,7 +5,7 @@ How far off a tensor is, is the norm of the difference over the norm of PEFT's g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -31,11 +31,6 @@ LONG_LENGTHS = (37, 33, 40)
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return oracle.gentle_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def make_engine(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]:
-    yield from oracle.engines(tiny_model)
 
 
 def batch_for(family: str) -> list[Example]:

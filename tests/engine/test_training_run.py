@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,6 @@ ADAM = AdamParams(learning_rate=3e-3, weight_decay=0.01, max_grad_norm=1.0)
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return oracle.gentle_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def make_engine(tiny_model: TinyModel) -> Iterator[MakeEngine]:
-    yield from oracle.engines(tiny_model)
 
 
 def mean_of(batch: Sequence[Example], parts: int = 1) -> list[Example]:
