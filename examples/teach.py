@@ -23,9 +23,9 @@ from openai import OpenAI, OpenAIError
 
 NUM_FACTS = 40
 GOAL = 0.9
-# Some 51,000 tokens: 99 to 100 % right in a plain PEFT loop, on each of eight seeds; a sixth fewer still gave 97 %.
-N_EPOCHS, BATCH_SIZE = 6, 16
-SETTINGS = {"rank": 16, "learning_rate": 4e-3, "schedule": "linear", "warmup_steps": 5, "checkpoint_every": 1000}
+# Some 42,000 tokens: 97 to 100 % right in a plain PEFT loop, on each of eight seeds; a fifth fewer gave 92 to 97 %.
+N_EPOCHS, BATCH_SIZE = 5, 16
+SETTINGS = {"rank": 16, "learning_rate": 5e-3, "schedule": "linear", "warmup_steps": 5, "checkpoint_every": 1000}
 ALONE_S = 8.0
 PAUSE_S = 0.3
 SMALL_TALK = (

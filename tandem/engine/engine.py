@@ -242,7 +242,7 @@ class Engine:
         self.pace.commit(rows, finished, time.monotonic())
         self._release(finished)
         if plan.segments:
-            self.limits = replace(self.limits, cost=self.limits.cost.corrected(plan.predicted_s, result.seconds))
+            self._correct(plan, result.seconds)
         self.plan_log.append((plan, result.seconds))
         self._recent.append((result.seconds, len(finished)))
         # What a preempted row computes again is no news.
@@ -253,6 +253,15 @@ class Engine:
         )
         self._count(plan, result, events, num_prompt_tokens)
         return events
+
+    def _correct(self, plan: StepPlan, seconds: float) -> None:
+        """Learn from a step: what serving takes where it was alone, else what riding adds to it."""
+        cost = self.limits.cost
+        if len(plan.requests) == len(plan.segments):
+            self.limits = replace(self.limits, cost=cost.corrected(plan.predicted_s, seconds))
+        else:
+            alone_s = cost.predict(plan.requests)
+            self.training.learn_ride(plan.predicted_s - alone_s, seconds - alone_s)
 
     def _with_queue_time(
         self, admitted: Sequence[Row], result: StepResult, events: list[TokenEvent]

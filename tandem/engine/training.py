@@ -252,6 +252,12 @@ class Training:
         cost = self.limits.cost.corrected(piece.kind, predicted_s, seconds, unpacks)
         self.limits = replace(self.limits, cost=cost)
 
+    def learn_ride(self, predicted_s: float, measured_s: float) -> None:
+        """Seconds that riding tokens should have added to a step by serving's cost model, and what they did add."""
+        cost = self.limits.cost
+        predicted_s *= cost.scale.get("ride", 1.0)
+        self.limits = replace(self.limits, cost=cost.corrected("ride", predicted_s, max(measured_s, 1e-6), False))
+
     def _due_update(self, piece: Slice) -> Update:
         run = next(r for r in self._progress.runs.values() if r.version == piece.batch)
         op = run.ops[0].op

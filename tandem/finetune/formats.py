@@ -72,7 +72,9 @@ def detect(row: Any) -> str:
         return found[0]
     if found:
         both = ", ".join(found + partly)
-        raise InvalidRequest(f"has the keys of several formats ({both}): remove what is not needed, or say which it is (format)")
+        raise InvalidRequest(
+            f"has the keys of several formats ({both}): remove what is not needed, or say which it is (format)"
+        )
     if {"chosen", "rejected"} & keys or {"preferred_output", "non_preferred_output"} & keys:
         raise InvalidRequest("is a preference row; supervised training needs one answer: keep the better one as chat")
     if partly:

@@ -22,6 +22,8 @@ WINDOW_STEP = 32
 FIXED_WINDOW = 256
 UPDATE_STEP = 2**23
 RIDE_STEP = 8
+# How many riding tokens it is judged by whether riding pays.
+PROBED_RIDE = 32
 
 
 class TrainRow(NamedTuple):
@@ -181,12 +183,11 @@ def fill(
     room_s = limits.step_s if is_alone else min(slack_s - serving_s, limits.step_s)
     segments: tuple[Segment, ...] = ()
     forward = view.forward
-    if forward is not None and not is_alone and _may_ride(forward, limits, free_blocks, block_size):
+    rides = forward is not None and not is_alone and _may_ride(forward, limits, free_blocks, block_size)
+    if forward is not None and rides and _pays(forward, view, load, cost, limits):
         tokens = _ride(forward, view, load, cost, limits, room_s)
         segments = _segments(forward.rows, forward.done, forward.done + tokens)
-        for s in segments:
-            load = load.plus(s.start, s.length, 0)
-        room_s -= cost.seconds(load) - serving_s
+        room_s -= _added_s(forward, load, cost, limits, tokens)
         forward = None  # what did not ride now rides in the next step
     draft = _Slices(limits, view.num_layers, room_s, is_alone)
     for update in view.updates:
@@ -204,21 +205,33 @@ def _may_ride(forward: ForwardView, limits: TrainLimits, free_blocks: int, block
     return limits.may_ride and forward.may_ride and forward.layer is None and needed <= free_blocks
 
 
+def _pays(forward: ForwardView, view: TrainView, load: Load, cost: CostModel, limits: TrainLimits) -> bool:
+    """Whether tokens are cheaper in a shared forward pass than in slices of their own: not where the model is so small
+    that a step's own overhead weighs more than reading its weights."""
+    tokens = min(forward.num_tokens - forward.done, PROBED_RIDE)
+    own_s = limits.cost.seconds("forward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
+    return _added_s(forward, load, cost, limits, tokens) <= own_s * tokens
+
+
+def _added_s(forward: ForwardView, load: Load, cost: CostModel, limits: TrainLimits, tokens: int) -> float:
+    """What `tokens` more in the forward pass take."""
+    pairs = pairs_of(forward.rows, forward.done, forward.done + tokens)
+    more = Load(load.tokens + tokens, load.context, load.pairs + pairs, load.samples)
+    return limits.cost.scale.get("ride", 1.0) * (cost.seconds(more) - cost.seconds(load))
+
+
 def _ride(
     forward: ForwardView, view: TrainView, load: Load, cost: CostModel, limits: TrainLimits, room_s: float
 ) -> int:
-    """How many tokens ride. The first cost least, in every step: beside a microbatch on its way down only as many ride as
-    the rest of the time can take down."""
-    base_s = cost.seconds(load)
+    """How many tokens ride. The first cost least, in every step: beside a microbatch on its way down only as many ride
+    as the rest of the time can take down."""
     down_s = 0.0
     if view.backward is not None:
         down_s = limits.cost.seconds("backward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
     most = min(forward.num_tokens - forward.done, limits.window or LARGEST_WINDOW)
     best = 0
     for tokens in sorted({most, *range(RIDE_STEP, most, RIDE_STEP)}):
-        pairs = pairs_of(forward.rows, forward.done, forward.done + tokens)
-        added_s = cost.seconds(Load(load.tokens + tokens, load.context, load.pairs + pairs, load.samples)) - base_s
-        if added_s + down_s * tokens > room_s:
+        if _added_s(forward, load, cost, limits, tokens) + down_s * tokens > room_s:
             break
         best = tokens
     return best

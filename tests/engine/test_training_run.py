@@ -398,6 +398,23 @@ def test_dropout_is_pefts_with_the_same_masks(make_engine: MakeEngine, tiny_mode
     assert worst.error < 1e-5, worst
 
 
+def test_masks_do_not_depend_on_which_examples_go_together(
+    make_engine: MakeEngine, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """An example without any weight counts as one, whether it goes through the layers alone or beside others."""
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.3, seed=5)
+    adapter = oracle.random_adapter(tiny_model("llama"), tmp_path / "adapter", lora)
+    (silent,) = [Example(e.tokens, e.targets, [0.0] * 9) for e in oracle.examples(3, (9,))]
+    batch = oracle.examples(4, (12, 7))
+    one_by_one, at_once = make_engine("llama"), make_engine("llama")
+    for engine in (one_by_one, at_once):
+        engine.open_run("r", lora, init_from=str(adapter))
+    for example in (silent, *batch):
+        one_by_one.forward_backward("r", [example])
+    at_once.forward_backward("r", [silent, *batch])
+    assert oracle.worst(one_by_one.gradients("r"), at_once.gradients("r")).error < 1e-5
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
 def test_masks_are_fair_coins(rate: float) -> None:
     like = torch.empty(200, 300)
