@@ -1,6 +1,7 @@
 # Every target works as the first command on a fresh clone: the stamp makes the environment once.
 #   make serve            a server on 127.0.0.1:8000 with the embedded model (MODEL=, ARGS= to change it)
 #   make test lint check  tests; ruff and mypy; both
+#   make soak             kill -9 at fifty random instants (KILLS=, ARGS="--seed N"); writes docs/soak.json
 #   make bench            offline throughput (MODEL=, ARGS=)
 #   make demo-model       train the embedded model again (about an hour on two cores)
 # PYTHON=... uses that interpreter as it is instead of .venv; PIP=... replaces its pip;
@@ -12,6 +13,7 @@ TORCH       ?= torch==2.13.0
 TORCH_ARGS  ?=
 MODEL       ?= demo
 ARGS        ?=
+KILLS       ?= 50
 
 ifdef PYTHON
 STAMP := .ready-$(subst /,_,$(PYTHON))
@@ -21,7 +23,7 @@ STAMP  := .venv/.ready
 endif
 PIP ?= $(PYTHON) -m pip
 
-.PHONY: setup serve test lint check bench demo-model clean
+.PHONY: setup serve test lint check soak bench demo-model clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -46,6 +48,9 @@ lint: $(STAMP)
 	$(PYTHON) -m mypy
 
 check: lint test
+
+soak: $(STAMP)
+	$(PYTHON) tests/soak.py --kills $(KILLS) --out docs/soak.json $(ARGS)
 
 bench: $(STAMP)
 	$(PYTHON) -m tandem bench throughput --model $(MODEL) --dtype bfloat16 $(ARGS)

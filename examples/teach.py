@@ -260,7 +260,7 @@ def server_target(client: OpenAI) -> float | None:
     url = str(client.base_url.copy_with(path="/metrics"))
     request = urllib.request.Request(url, headers={"authorization": f"Bearer {client.api_key}"})
     with urllib.request.urlopen(request, timeout=10) as reply:
-        found = re.search(r"^tandem_slo_tpot_seconds(?:{.*})? (\S+)$", reply.read().decode(), re.M)
+        found = re.search(r"^tandem:slo_tpot_seconds(?:{.*})? (\S+)$", reply.read().decode(), re.M)
     return float(found[1]) if found and float(found[1]) > 0 else None
 
 

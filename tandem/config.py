@@ -93,9 +93,8 @@ class TrainingConfig:
     """Fine-tuning beside serving."""
 
     slo_tpot_ms: float | None = option(
-        None, "time per output token that training must not break, in ms (default: twice that of one stream alone)",
-        low=0.0,
-    )  # fmt: skip
+        None, "time per output token training must not break, in ms (default: twice one stream's, at least 20)", low=0.0
+    )
     slo_ttft_ms: float = option(3000.0, "time to first token that training must not break, in ms", low=0.0)
     train_step_ms: float = option(150.0, "longest that training keeps an arriving request waiting, in ms", low=1.0)
     train_memory_bytes: int | None = option(
@@ -303,7 +302,10 @@ def read_yaml(path: str) -> dict[Any, Any]:
 
 
 def resolve(
-    classes: tuple[type, ...], flags: Mapping[str, Any], path: str | None = None, entries: Mapping[str, Any] | None = None
+    classes: tuple[type, ...],
+    flags: Mapping[str, Any],
+    path: str | None = None,
+    entries: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """One instance per class from `flags` (option name -> text or value), the environment, the file at `path` and
     the defaults, in that order. `entries`: the file's by option name, where it has been read already.

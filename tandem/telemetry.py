@@ -184,3 +184,8 @@ class Exposition:
         yield self._counter("tandem:step_seconds", "Seconds spent in engine steps.", stats.step_s)
         yield self._gauge("tandem:predicted_wait_seconds", "Predicted wait of a new request.", stats.predicted_wait_s)
         yield self._gauge("tandem:requests_in_flight", "HTTP requests being answered.", self._telemetry.in_flight)
+        yield self._gauge("tandem:slo_tpot_seconds", "Target of the time per output token.", self._report.slo_tpot_s)
+        yield self._gauge("tandem:slo_ttft_seconds", "Target of the time to first token.", self._report.slo_ttft_s)
+        yield self._gauge("tandem:training_runs", "Open training runs.", stats.num_runs)
+        yield self._counter("tandem:training_tokens", "Tokens trained on.", stats.train_tokens)
+        yield self._counter("tandem:training_seconds", "Seconds spent in training slices.", stats.train_s)

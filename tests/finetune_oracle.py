@@ -41,6 +41,12 @@ def worst(found: Factors, expected: Factors) -> Mismatch:
     return max(mismatches(found, expected))
 
 
+def assert_near(found: Factors, expected: Factors, tolerance: float) -> None:
+    """No tensor is further off than this."""
+    mismatch = worst(found, expected)
+    assert mismatch.error < tolerance, f"{mismatch}, {tolerance} at most"
+
+
 def mean(found: Factors, expected: Factors) -> float:
     """How far off the tensors are on average."""
     errors = [mismatch.error for mismatch in mismatches(found, expected)]

@@ -116,7 +116,7 @@ class EngineClient:
         addresses = [f"ipc://{folder}/{name}" for name in ("to-engine", "from-engine")]
         outbox, inbox = _bound(context, zmq.PUSH, addresses[0]), _bound(context, zmq.PULL, addresses[1])
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tandem.engine.process", *addresses, env=environment(config)
+            sys.executable, "-m", "tandem.engine.process", *addresses, str(os.getpid()), env=environment(config)
         )
         client = cls(config, folder, inbox, outbox, process)
         try:

@@ -240,6 +240,7 @@ class Engine:
         for row in rows:
             self.blocks.commit(row.row_id, row.version, row.tokens, row.num_computed)
         self.pace.commit(rows, finished, time.monotonic())
+        self.pace.stalled(self._stall_s(plan, result.seconds), time.monotonic())
         self._release(finished)
         if plan.segments:
             self._correct(plan, result.seconds)
@@ -253,6 +254,13 @@ class Engine:
         )
         self._count(plan, result, events, num_prompt_tokens)
         return events
+
+    def _stall_s(self, plan: StepPlan, seconds: float) -> float:
+        """How much longer a step took than its decodes alone, if there was a prompt in it."""
+        decodes = [segment for segment in plan.requests if segment.length == 1]
+        if len(decodes) == len(plan.requests):
+            return 0.0
+        return max(seconds - self.limits.cost.predict(decodes), 1e-9)
 
     def _correct(self, plan: StepPlan, seconds: float) -> None:
         """Learn from a step: what serving takes where it was alone, else what riding adds to it."""

@@ -10,11 +10,17 @@ from tandem.config import TrainingConfig
 from tandem.scheduler.budget import CostModel, Load
 from tandem.scheduler.state import Row
 
-# The default target: so many times one stream's time per token alone.
+# The default target: so many times one stream's time per token alone, but no less than what a reader can follow.
 DEFAULT_SLOWDOWN = 2.0
+READABLE_S = 0.02
 TYPICAL_CONTEXT = 512
 # Predictions miss; training aims at this share of the target.
-AIM = 0.92
+AIM = 0.96
+# A prompt that arrives stalls the rows that decode. So much time is kept for it: what all but a fifth of the recent
+# stalls took, put by at most at this share of the target a token.
+STALL_QUANTILE = 0.8
+PUT_BY = 0.25
+RECENT_STALLS = 32
 RECENT_S = 60.0
 REFRESH_S = 1.0
 
@@ -24,12 +30,16 @@ class Pace:
 
     def __init__(self, config: TrainingConfig, cost: CostModel) -> None:
         alone_s = cost.seconds(Load(tokens=1, context=TYPICAL_CONTEXT, samples=1))
-        self.tpot_s = DEFAULT_SLOWDOWN * alone_s if config.slo_tpot_ms is None else config.slo_tpot_ms / 1e3
+        default_s = max(DEFAULT_SLOWDOWN * alone_s, READABLE_S)
+        self.tpot_s = default_s if config.slo_tpot_ms is None else config.slo_tpot_ms / 1e3
         self.ttft_s = config.slo_ttft_ms / 1e3
         self._arrived: dict[int, float] = {}
         self._first: dict[int, float] = {}
         self._ttft: deque[tuple[float, float]] = deque()
         self._tpot: deque[tuple[float, float]] = deque()
+        self._stalls: deque[tuple[float, float]] = deque(maxlen=RECENT_STALLS)
+        self._stall_s = 0.0  # of the prompts being computed now
+        self._reserve_s = 0.0
         self._refreshed = float("-inf")
         self._p95 = (0.0, 0.0)
 
@@ -42,12 +52,28 @@ class Pace:
 
     def slack_s(self, rows: Sequence[Row], now: float) -> float:
         """Seconds until the first of these rows must have its next token, if the mean time per token of each is to keep
-        its target."""
-        aim_s = AIM * self.tpot_s
+        its target, also when the next prompt arrives."""
+        aim_s, put_by_s = AIM * self.tpot_s, PUT_BY * self.tpot_s
         return min(
-            (first + row.num_generated * aim_s - now for row in rows if (first := self._first.get(row.row_id))),
+            (
+                first + row.num_generated * aim_s - min(self._reserve_s, row.num_generated * put_by_s) - now
+                for row in rows
+                if (first := self._first.get(row.row_id))
+            ),
             default=float("inf"),
         )
+
+    def stalled(self, seconds: float, now: float) -> None:
+        """A step took so much longer for the prompts in it; 0 for one without, which ends a stall."""
+        self._stall_s += seconds
+        if seconds == 0.0 and self._stall_s:
+            self._stalls.append((now, self._stall_s))
+            self._stall_s = 0.0
+            self._set_reserve(now)
+
+    def _set_reserve(self, now: float) -> None:
+        recent = sorted(stall_s for ended, stall_s in self._stalls if now - ended <= RECENT_S)
+        self._reserve_s = recent[int(STALL_QUANTILE * len(recent))] if recent else 0.0
 
     def commit(self, rows: Sequence[Row], finished: Sequence[Row], now: float) -> None:
         """Take in a step that ended now: rows that may have got a token, rows that are done."""
@@ -66,6 +92,7 @@ class Pace:
             for recent in (self._ttft, self._tpot):
                 while recent and now - recent[0][0] > RECENT_S:
                     recent.popleft()
+            self._set_reserve(now)
             self._p95 = (_p95([s for _, s in self._ttft]), _p95([s for _, s in self._tpot]))
         return self._p95
 

@@ -33,13 +33,13 @@ EXIT_CODES: dict[type[TandemError], int] = {ConfigError: 3, BudgetError: 5}
 log = logging.getLogger("tandem.engine")
 
 
-def main(inbox_address: str, outbox_address: str) -> int:
+def main(inbox_address: str, outbox_address: str, parent: int) -> int:
     """Serve one HTTP process until it says Shutdown or dies. Returns the exit code."""
     # Signals to the whole process group reach both; the HTTP process decides when the engine stops.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     folder = Path(inbox_address.removeprefix("ipc://")).parent
-    threading.Thread(target=_die_with_parent, args=(os.getppid(), folder), daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=(parent, folder), daemon=True).start()
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     inbox.connect(inbox_address)
@@ -62,7 +62,10 @@ def main(inbox_address: str, outbox_address: str) -> int:
 
 
 def _die_with_parent(parent: int, folder: Path) -> None:
-    """End the process, and remove the sockets' folder, which the parent can no longer do."""
+    """End the process, and remove the sockets' folder, which the parent can no longer do.
+
+    The parent says who it is: it may have died before this process could ask.
+    """
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
     shutil.rmtree(folder, ignore_errors=True)
@@ -212,4 +215,4 @@ class _Loop:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

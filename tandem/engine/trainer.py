@@ -23,7 +23,7 @@ from tandem.finetune.run import LayerPairs, Run
 from tandem.memory import arena
 from tandem.model.adapter import AdapterWeights, module_name, read_adapter
 from tandem.model.decoder import Decoder, Record
-from tandem.model.gradients import KEPT, DenseLayer, Factors, Microbatch, TrainSequence, hash_64, logits
+from tandem.model.gradients import KEPT, Buffers, DenseLayer, Factors, Microbatch, TrainSequence, hash_64, logits
 from tandem.model.spec import targets
 from tandem.scheduler.progress import Batch
 from tandem.scheduler.training import LARGEST_WINDOW
@@ -86,6 +86,7 @@ class Trainer:
         self._flights: dict[int, _Flight] = {}
         self._totals: dict[int, _Totals] = {}
         self._kept_bytes = config.train_memory_bytes or self._default_kept_bytes()
+        self._buffers = Buffers(self.batch_tokens(), decoder.dtype, device)
 
     def _default_kept_bytes(self) -> int:
         if self.config.deterministic:
@@ -185,6 +186,8 @@ class Trainer:
         del self.slots[version]
         if not self.slots:
             self.dense.drop()
+            self._buffers.drop()
+            arena.return_free_memory()
 
     def weights(self, version: int) -> AdapterWeights:
         """A run's factors as the serving pool takes them; they change with every update."""
@@ -230,8 +233,9 @@ class Trainer:
                     ops.append(row.queued.op_id)
         with torch.no_grad():
             micro = Microbatch(
-                self.decoder, self.dense, sequences, self._tensor(ids), self._kept_layers(len(ids)), batch.learns
-            )
+                self.decoder, self.dense, sequences, self._tensor(ids), self._kept_layers(len(ids)), batch.learns,
+                self._buffers,
+            )  # fmt: skip
         counted_M, targets_M = self._tensor(counted), self._tensor(wanted)
         weights_M = torch.tensor(weights, dtype=torch.float32, device=self.device)
         self._flights[batch.batch_id] = _Flight(micro, counted_M, targets_M, weights_M, ops, rows)
@@ -256,7 +260,8 @@ class Trainer:
         per_layer = sum(getattr(layer, name).out_features for name in KEPT) * self.decoder.dtype.itemsize
         allowed = self._kept_bytes / 2
         if not self.config.deterministic:
-            allowed = min(allowed, arena.available_bytes(self.device, 1.0) / 2)
+            free = arena.available_bytes(self.device, 1.0) + self._buffers.nbytes
+            allowed = min(allowed, free / 2)
         left = allowed / num_tokens - self._input_bytes()
         return max(0, min(len(self.decoder.spec.layers), int(left / per_layer)))
 
@@ -266,7 +271,7 @@ class Trainer:
         return max(1, min(self.config.train_batch_tokens, fits))
 
     def end(self, batch_id: int) -> None:
-        del self._flights[batch_id]
+        self._flights.pop(batch_id).micro.release()
 
     def tokens(self, batch_id: int, row: int) -> Sequence[int]:
         """Token ids of a training row."""

@@ -198,7 +198,8 @@ class Adapters:
         return self._records[name]
 
     async def delete(self, name: str) -> None:
-        """Forget an alias, or an adapter with its files; requests that use it finish with it.
+        """Forget an alias, or an adapter with its files; requests that use it finish with it, and the files of a
+        running job's newest checkpoint go when the job has a newer state, or at the next start.
 
         Raises NotFound, Conflict while an alias points at it or an unfinished job continues it.
         """
@@ -215,11 +216,12 @@ class Adapters:
                 for alias in self._aliases.values()
                 if name in alias.history
             ]
-            await self._db.run(queries.delete_adapter, name, changed)
+            is_free = await self._db.run(queries.delete_adapter, name, changed)
             del self._records[name]
             self._aliases |= {alias.name: alias for alias in changed}
             await self._unload(name)
-            await asyncio.to_thread(files.remove, Path(record.path))
+            if is_free:
+                await asyncio.to_thread(files.remove, Path(record.path))
 
     async def promote(self, name: str, target: str) -> Alias:
         """Point the alias `name` at an adapter, or at what another alias points at. Raises NotFound, Conflict."""

@@ -285,13 +285,22 @@ def checkpoint_steps(connection: Connection, job_id: str) -> set[int]:
 
 
 def set_resume_point(connection: Connection, point: ResumePoint) -> str | None:
-    """Replace a job's resume point. Returns the path of the one before. Raises Cancelled."""
+    """Replace a job's resume point. Returns the path of the one before, if nothing else needs it. Raises Cancelled."""
     must_run(connection, point.job_id)
-    table = store.resume_points
+    table, adapters = store.resume_points, store.adapters.c
     gone = sa.delete(table).where(table.c.job_id == point.job_id).returning(table.c.path)
     old = connection.scalar(gone)
     _insert(connection, table, point)
-    return old
+    is_adapter = connection.scalar(sa.select(adapters.name).where(adapters.path == old)) is not None
+    return None if is_adapter else old
+
+
+def keep_checkpoint(
+    connection: Connection, checkpoint: Checkpoint, adapter: AdapterRecord, point: ResumePoint
+) -> str | None:
+    """A checkpoint that is also where the job goes on from. Returns and raises as `set_resume_point`."""
+    add_checkpoint(connection, checkpoint, adapter)
+    return set_resume_point(connection, point)
 
 
 def finish(
@@ -346,16 +355,21 @@ def delete_alias(connection: Connection, name: str) -> None:
     connection.execute(sa.delete(store.aliases).where(store.aliases.c.name == name))
 
 
-def delete_adapter(connection: Connection, name: str, changed: Iterable[Alias]) -> None:
+def delete_adapter(connection: Connection, name: str, changed: Iterable[Alias]) -> bool:
     """Forget an adapter and the checkpoint it was; `changed` aliases no longer remember it.
 
-    Raises Conflict while an unfinished job starts from it.
+    Returns whether its files may go: not as long as a job would go on from them. Raises Conflict while an unfinished
+    job starts from it.
     """
     jobs = store.jobs.c
     user = connection.scalar(sa.select(jobs.job_id).where(jobs.status.in_(UNFINISHED), jobs.parent == name))
     if user is not None:
         raise Conflict(f"the job {user} continues {name}: cancel it, or wait for its end", param="model")
-    connection.execute(sa.delete(store.adapters).where(store.adapters.c.name == name))
+    points, adapters = store.resume_points.c, store.adapters.c
+    path = sa.select(adapters.path).where(adapters.name == name).scalar_subquery()
+    is_free = connection.scalar(sa.select(points.job_id).where(points.path == path)) is None
+    connection.execute(sa.delete(store.adapters).where(adapters.name == name))
     connection.execute(sa.delete(store.checkpoints).where(store.checkpoints.c.name == name))
     for alias in changed:
         put_alias(connection, alias)
+    return is_free

@@ -211,8 +211,9 @@ class Run:
         if self._valid and (is_checkpoint or _is_due(step, self.job.tandem.validate_every)):
             sent.validated.extend(self._validate(self._valid))
         if is_checkpoint and step not in self._kept:
+            self._saved_at = time.monotonic()
             sent = dataclasses.replace(sent, checkpoint=self._save(f"{files.ADAPTERS}/{new_id('step-')}"))
-        if not is_last and time.monotonic() - self._saved_at >= self._shop.resume_every_s:
+        elif not is_last and time.monotonic() - self._saved_at >= self._shop.resume_every_s:
             self._saved_at = time.monotonic()
             sent = dataclasses.replace(sent, resume=self._save(self._resume_path()))
         return sent
@@ -281,18 +282,24 @@ class Run:
     async def _keep(self, step: int, save: Save) -> None:
         """Make a saved state the one that the job resumes from, and let the one before go."""
         await _saved(save, f"the progress at step {step}")
+        old = await self._db.run(queries.set_resume_point, self._point(step, save))
+        self._unrecorded.discard(save.path)
+        await self._let_go(old)
+
+    def _point(self, step: int, save: Save) -> ResumePoint:
         epoch, cursor = self._recipe.place(step)
-        point = ResumePoint(
+        return ResumePoint(
             job_id=self.job.job_id, step=step, epoch=epoch, cursor=cursor, trained_tokens=self._trained_tokens,
             path=save.path,
         )  # fmt: skip
-        old = await self._db.run(queries.set_resume_point, point)
-        self._unrecorded.discard(save.path)
-        if old is not None:
-            await asyncio.to_thread(files.remove, self._shop.root / old)
+
+    async def _let_go(self, path: str | None) -> None:
+        if path is not None:
+            await asyncio.to_thread(files.remove, self._shop.root / path)
 
     async def _publish(self, sent: Sent, save: Save, metrics: dict[str, Any]) -> None:
-        """Make a saved state an adapter that can be served; the last one is the job's model."""
+        """Make a saved state an adapter that can be served; the last one is the job's model, and from any other the
+        job goes on if it is interrupted."""
         await _saved(save, f"the checkpoint of step {sent.step}")
         is_last = sent.step == self._recipe.total_steps
         name = self._name if is_last else checkpoint_name(self._name, sent.step)
@@ -307,7 +314,8 @@ class Run:
         if is_last:
             await self._succeed(checkpoint, adapter)
         else:
-            await self._db.run(queries.add_checkpoint, checkpoint, adapter)
+            old = await self._db.run(queries.keep_checkpoint, checkpoint, adapter, self._point(sent.step, save))
+            await self._let_go(old)
         self._unrecorded.discard(save.path)
         self._shop.adapters.add(adapter)
         try:

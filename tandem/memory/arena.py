@@ -7,6 +7,8 @@ Shape letters: L layers, N blocks, S slots a block, K kv heads, D head_dim, C ca
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,6 +56,12 @@ def allocate_kv(
     """The KV cache as one zeroed tensor [L, 2, N, K, S, D]; zeros, because masked slots are still multiplied by 0."""
     shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def return_free_memory() -> None:
+    """Give what the allocator holds and nobody uses back to the system, where the C library can (glibc)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class AdapterPool:

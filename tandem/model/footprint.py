@@ -19,7 +19,7 @@ from torch import Tensor
 from tandem import ops
 from tandem.errors import ConfigError
 from tandem.model.decoder import Decoder
-from tandem.model.gradients import DenseLayer, Factors, Microbatch, TrainSequence, logits
+from tandem.model.gradients import Buffers, DenseLayer, Factors, Microbatch, TrainSequence, logits
 from tandem.model.spec import load_spec, targets
 from tandem.model.weights import load_weights
 
@@ -162,7 +162,8 @@ def _ours(decoder: Decoder, ids_N: Tensor, rank: int, window: int) -> tuple[int,
     slice."""
     length, top = len(ids_N), LAYERS - 1
     sequence = TrainSequence(0, length, _factors(decoder, rank))
-    micro = Microbatch(decoder, DenseLayer(decoder), [sequence], ids_N, 0, True)
+    buffers = Buffers(length, decoder.dtype, ids_N.device)
+    micro = Microbatch(decoder, DenseLayer(decoder), [sequence], ids_N, 0, True, buffers)
     starts = range(0, length, window)
     for layer in range(LAYERS):
         for start in starts:

@@ -108,6 +108,44 @@ class DenseLayer:
         self._index = -1
 
 
+class Buffers:
+    """Activation buffers, used again and again: touching memory for the first time costs more than filling it.
+
+    Each has room for `num_rows` tokens; a microbatch of a longer example gets its own.
+    """
+
+    def __init__(self, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._num_rows = num_rows
+        self._dtype = dtype
+        self._device = device
+        self._free: dict[int, list[Tensor]] = {}
+
+    def take(self, num_rows: int, width: int) -> Tensor:
+        """[num_rows, width], with anything in it."""
+        free = self._free.get(width)
+        if num_rows <= self._num_rows and free:
+            return free.pop()[:num_rows]
+        # What inference mode allocates can never be part of a graph.
+        with torch.inference_mode(False):
+            capacity = max(num_rows, self._num_rows)
+            return torch.empty(capacity, width, dtype=self._dtype, device=self._device)[:num_rows]
+
+    def give_back(self, buffer: Tensor) -> None:
+        """The reverse of `take`; nobody reads it any more."""
+        whole = buffer._base if buffer._base is not None else buffer
+        if len(whole) == self._num_rows:
+            self._free.setdefault(whole.shape[1], []).append(whole)
+
+    def drop(self) -> None:
+        """Free what is not in use."""
+        self._free.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held and not in use."""
+        return sum(buffer.nbytes for free in self._free.values() for buffer in free)
+
+
 @dataclass(slots=True)
 class _Keys:
     """Keys and values of one layer, as attention reads them, and the gradients that later windows sent back."""
@@ -135,8 +173,10 @@ class Microbatch:
         tokens_N: Tensor,
         kept_layers: int,
         learns: bool,
+        buffers: Buffers,
     ) -> None:
         self.decoder = decoder
+        self._buffers = buffers
         self.sequences = list(sequences)
         self.learns = learns
         self.num_tokens = len(tokens_N)
@@ -146,7 +186,8 @@ class Microbatch:
         self._dense = dense
         self._first_kept = self.num_layers - kept_layers if learns else self.num_layers
         self._angles = decoder.angles(self.positions_N)
-        self._inputs: dict[int, Tensor] = {0: decoder.embed(tokens_N)}
+        self._inputs: dict[int, Tensor] = {}
+        self.input(0).copy_(decoder.embed(tokens_N))
         self._kept: dict[tuple[int, str], Tensor] = {}
         self._keys: _Keys | None = None
 
@@ -155,13 +196,8 @@ class Microbatch:
     def input(self, layer: int) -> Tensor:
         """[N, D], made on first use."""
         if layer not in self._inputs:
-            self._inputs[layer] = self._new(self.decoder.spec.hidden_size)
+            self._inputs[layer] = self._buffers.take(self.num_tokens, self.decoder.spec.hidden_size)
         return self._inputs[layer]
-
-    def _new(self, width: int) -> Tensor:
-        # What inference mode allocates can never be part of a graph.
-        with torch.inference_mode(False):
-            return torch.empty(self.num_tokens, width, dtype=self.decoder.dtype, device=self.positions_N.device)
 
     def take(self, layer: int, name: str, start: int, rows: Tensor) -> None:
         """Keep what a forward pass computed for tokens from `start` on, if it is wanted."""
@@ -170,7 +206,7 @@ class Microbatch:
                 self.input(layer)[start : start + len(rows)] = rows
         elif layer >= self._first_kept and name in KEPT:
             if (layer, name) not in self._kept:
-                self._kept[layer, name] = self._new(rows.shape[1])
+                self._kept[layer, name] = self._buffers.take(self.num_tokens, rows.shape[1])
             self._kept[layer, name][start : start + len(rows)] = rows
 
     @property
@@ -191,7 +227,7 @@ class Microbatch:
         )  # fmt: skip
         self.take(layer + 1, "input", start, y_TD)
         if not self.learns and stop == self.num_tokens:
-            del self._inputs[layer]
+            self._give_back(self._inputs.pop(layer))
 
     def backward(self, layer: int, start: int, stop: int) -> None:
         """Turn the gradient of the layer's output into that of its input, in `grad_ND[start:stop]`, and add to the
@@ -327,8 +363,9 @@ class Microbatch:
     def _keys_of(self, layer: int) -> _Keys:
         if self._keys is None or self._keys.layer != layer:
             spec = self.decoder.spec
-            pair = (self._new(spec.kv_size).unflatten(1, (spec.num_kv_heads, spec.head_dim)) for _ in range(2))
-            self._keys = _Keys(layer, *pair)
+            shape = (self.num_tokens, spec.num_kv_heads, spec.head_dim)
+            k_NKC, v_NKC = (torch.empty(shape, dtype=self.decoder.dtype, device=self.positions_N.device) for _ in "kv")
+            self._keys = _Keys(layer, k_NKC, v_NKC)
         return self._keys
 
     def _remember(self, layer: int, start: int, k_TKC: Tensor, v_TKC: Tensor) -> None:
@@ -346,10 +383,21 @@ class Microbatch:
 
     def _forget(self, layer: int) -> None:
         """A layer's backward is done: nothing reads what it kept any more."""
-        self._inputs.pop(layer + 1, None)
+        self._give_back(self._inputs.pop(layer + 1, None))
         for name in KEPT:
-            self._kept.pop((layer, name), None)
+            self._give_back(self._kept.pop((layer, name), None))
         self._keys = None
+
+    def release(self) -> None:
+        """Give back every buffer: the microbatch is done, or given up."""
+        for buffer in (*self._inputs.values(), *self._kept.values()):
+            self._give_back(buffer)
+        self._inputs.clear()
+        self._kept.clear()
+
+    def _give_back(self, buffer: Tensor | None) -> None:
+        if buffer is not None:
+            self._buffers.give_back(buffer)
 
     # ------------------------------------------------------------ geometry
 

@@ -61,8 +61,7 @@ def assert_same_report(found: PassReport, expected: PassReport) -> None:
 
 
 def assert_gradients(engine: Engine, run_id: str, expected: oracle.Factors) -> None:
-    worst = oracle.worst(engine.gradients(run_id), expected)
-    assert worst.error < TOLERANCE, worst
+    oracle.assert_near(engine.gradients(run_id), expected, TOLERANCE)
 
 
 # ---------------------------------------------------------------- the oracle itself

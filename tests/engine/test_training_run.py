@@ -97,8 +97,7 @@ def test_fifty_steps_are_pefts(
             assert found.step == expected.step and found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
     losses = [report.loss * accumulate for report in theirs if hasattr(report, "loss")]
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6]), "it is to learn something"
-    moved = oracle.worst(oracle.change(engine.weights("r"), start), oracle.change(run.weights(), start))
-    assert moved.error < 1e-3, moved
+    oracle.assert_near(oracle.change(engine.weights("r"), start), oracle.change(run.weights(), start), 1e-3)
 
 
 # ---------------------------------------------------------------- save and go on
@@ -127,7 +126,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_engine: MakeEngine, tmp_pat
     resumed = first_half_then(make_engine("llama", deterministic=True), ops, lora, tmp_path / "half")
     assert oracle.is_same(resumed, whole.weights("r")), "bit for bit in deterministic mode"
     loose = first_half_then(make_engine("llama", train_window=6), ops, lora, tmp_path / "loose")
-    assert oracle.worst(loose, whole.weights("r")).error < 1e-4
+    oracle.assert_near(loose, whole.weights("r"), 1e-4)
 
 
 def test_saving_changes_nothing(make_engine: MakeEngine, tmp_path: Path) -> None:
@@ -216,7 +215,7 @@ def test_continuing_from_an_adapter_takes_its_weights_but_not_its_optimiser(
     run, ops = oracle.PeftRun(tiny_model("llama"), tmp_path / "first"), recipe(4, seed=1)
     oracle.play(run, None, ops)
     oracle.play(engine, "next", ops)
-    assert oracle.worst(engine.weights("next"), run.weights()).error < 1e-5
+    oracle.assert_near(engine.weights("next"), run.weights(), 1e-5)
 
 
 def test_a_directory_that_does_not_fit_is_refused(make_engine: MakeEngine, tmp_path: Path) -> None:
@@ -330,26 +329,26 @@ def test_a_pass_that_overflows_is_reported_by_the_update_and_forgotten(make_engi
     assert oracle.is_same(shaken.weights("r"), plain.weights("r"))
 
 
-def test_a_learning_rate_that_diverges_stops_the_run_and_harms_nobody(make_engine: MakeEngine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [1e30, 1e38])
+def test_a_learning_rate_that_diverges_stops_the_run_and_harms_nobody(make_engine: MakeEngine, rate: float) -> None:
+    """With the smaller one the next pass overflows; the larger one makes the weights themselves infinite."""
     engine = make_engine("llama")
     engine.open_run("good", LORA)
     alone = make_engine("llama")
     alone.open_run("good", LORA)
     engine.open_run("r", LORA)
-    wild = AdamParams(learning_rate=1e30)
+    wild = AdamParams(learning_rate=rate)
     batch = oracle.examples(3, (8, 5))
     with pytest.raises(Diverged):
         for _ in range(10):
             before = oracle.copied(engine.weights("r"))
             engine.forward_backward("r", batch)
             engine.optim_step("r", wild)
-    found = engine.weights("r")
-    for key, pair in before.items():
-        for one, other in zip(pair, found[key], strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert oracle.is_same(engine.weights("r"), before), "the weights are those before that step"
+    assert all(t.isfinite().all() for pair in before.values() for t in pair)
     for each in (engine, alone):
         oracle.play(each, "good", recipe(3))
-    assert oracle.worst(engine.weights("good"), alone.weights("good")).error < 1e-5
+    oracle.assert_near(engine.weights("good"), alone.weights("good"), 1e-5)
     prompt = [5, 6, 7]
     greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
     assert engine.generate([prompt], greedy) == alone.generate([prompt], greedy)
@@ -375,7 +374,7 @@ def test_dropout_drops_the_same_whatever_the_window(
         {"train_window": 7}, {"train_batch_tokens": 10}, {"train_memory_bytes": 1}, {"deterministic": True},
     ):  # fmt: skip
         found = dropped_gradients(make_engine("llama", **training), lora, adapter)
-        assert oracle.worst(found, whole).error < 1e-5, training
+        oracle.assert_near(found, whole, 1e-5)
     again = dropped_gradients(make_engine("llama", deterministic=True), lora, adapter)
     assert oracle.is_same(again, found), "the same seed gives the same"
     other = dropped_gradients(make_engine("llama"), LoraConfig(rank=4, alpha=8.0, dropout=0.3, seed=6), adapter)
@@ -394,8 +393,7 @@ def test_dropout_is_pefts_with_the_same_masks(make_engine: MakeEngine, tiny_mode
     run.drop(lambda i, layer, target, x: dropout_mask(0.25, (hash_64(5, i), layer, target), 0, len(x), x))
     for _ in range(2):
         assert engine.forward_backward("r", batch).loss == pytest.approx(run.forward_backward(batch).loss, rel=1e-5)
-    worst = oracle.worst(engine.gradients("r"), run.gradients())
-    assert worst.error < 1e-5, worst
+    oracle.assert_near(engine.gradients("r"), run.gradients(), 1e-5)
 
 
 def test_masks_do_not_depend_on_which_examples_go_together(
@@ -412,7 +410,7 @@ def test_masks_do_not_depend_on_which_examples_go_together(
     for example in (silent, *batch):
         one_by_one.forward_backward("r", [example])
     at_once.forward_backward("r", [silent, *batch])
-    assert oracle.worst(one_by_one.gradients("r"), at_once.gradients("r")).error < 1e-5
+    oracle.assert_near(one_by_one.gradients("r"), at_once.gradients("r"), 1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])

@@ -2,10 +2,13 @@
 
 import csv
 import errno
+from pathlib import Path
 
 import pytest
 
+from tandem.errors import NotFound
 from tandem.finetune import data
+from tandem.jobs import queries
 from tandem.jobs.recipe import recipe
 from tandem.jobs.runner import DEPTH
 
@@ -103,6 +106,55 @@ async def test_a_full_disk_fails_the_job_and_nothing_else(place, resume_every_s)
     assert job.error["code"] == "save_failed" and "no space is left" in job.error["message"]
     place.engine.save_error = None
     await place.until((await place.create()).job_id, "succeeded")
+
+
+@pytest.mark.parametrize("resume_every_s", [0.0, 1000.0])
+async def test_an_interrupted_job_goes_on_from_its_newest_checkpoint(any_place, resume_every_s):
+    """With the time between resume points endless, checkpoints alone save progress; with none, both do in turn."""
+    place = any_place
+    await place.open(resume_every_s)
+    settings = {"rows": 24, "tandem": {"checkpoint_every": 5}}
+    quiet = await place.until((await place.create(**settings)).job_id, "succeeded")
+    place.engine.delay = 0.005
+    job_id = (await place.create(**settings)).job_id
+    await place.until_step(job_id, 8)
+    (newest, *_), _ = await place.jobs.checkpoints(job_id)
+    point = await place.jobs._db.run(queries.resume_point, job_id)
+    if resume_every_s:
+        assert newest.step == 5 and newest.path == str(place.root / point.path) and point.step == 5
+        assert list((place.root / "resume").iterdir()) == []
+    else:
+        assert point.step > 5 and point.path.startswith("resume/")
+    await place.kill()
+    await place.open(resume_every_s)
+    job = await place.until(job_id, "succeeded")
+    assert any(message.startswith("Fine-tuning job resumed from step ") for message in await place.messages(job_id))
+    assert await place.weights(job.fine_tuned_model) == await place.weights(quiet.fine_tuned_model)
+    # Going on from a checkpoint takes nothing away from it.
+    checkpoints, _ = await place.jobs.checkpoints(job_id)
+    assert [c.step for c in checkpoints] == [24, 20, 15, 12, 10, 5]
+    assert all(Path(c.path, "adapter_model.safetensors").is_file() for c in checkpoints)
+    assert list((place.root / "resume").iterdir()) == []
+
+
+async def test_a_job_goes_on_from_a_checkpoint_that_was_deleted_as_an_adapter(place):
+    place.engine.delay = 0.005
+    await place.open()
+    job_id = (await place.create(rows=24, tandem={"checkpoint_every": 5})).job_id
+    await place.until_step(job_id, 6)
+    place.engine.delay = 0.05
+    ((checkpoint,), _) = await place.jobs.checkpoints(job_id)
+    await place.jobs.delete_adapter(checkpoint.name)
+    with pytest.raises(NotFound):
+        await place.jobs.adapter(checkpoint.name)
+    await place.kill()
+    place.engine.delay = 0.005
+    await place.open()
+    await place.until_step(job_id, 12)
+    assert "Fine-tuning job resumed from step 5" in await place.messages(job_id)
+    assert not Path(checkpoint.path).exists()  # a newer state has taken its place
+    await place.until(job_id, "succeeded")
+    assert {c.step for c in (await place.jobs.checkpoints(job_id))[0]} == {10, 12, 15, 20, 24}
 
 
 async def test_continuing_an_adapter_starts_from_its_weights_under_the_base_models_name(place):
