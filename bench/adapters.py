@@ -64,7 +64,7 @@ def main() -> None:
         engine.plan_log.clear()
         for _ in engine.run():
             pass
-        return 1e3 * statistics.median(s for p, s in engine.plan_log if p.num_tokens == len(p.segments) == len(names))
+        return 1e3 * statistics.median(s for p, s, *_ in engine.plan_log if p.num_tokens == len(p.segments) == len(names))
 
     rows = []
     for turn in range(args.rounds):

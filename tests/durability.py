@@ -72,7 +72,7 @@ class Server:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [*argv, "--state-dir", str(folder / "state")], stdout=log, stderr=subprocess.STDOUT,
-                env=kept | {"OMP_WAIT_POLICY": "passive", "TMPDIR": str(temporary)},
+                env=kept | {"OMP_WAIT_POLICY": "passive", "TMPDIR": str(temporary), "PYTHONFAULTHANDLER": "1"},
             )  # fmt: skip
         self.began = time.monotonic()
 
@@ -82,7 +82,9 @@ class Server:
 
     def wait_ready(self) -> Server:
         while "\ncurl " not in self.output:
-            assert self.process.poll() is None and time.monotonic() - self.began < READY_S, self.output
+            if time.monotonic() - self.began > READY_S:
+                self.abort()
+            assert self.process.poll() is None, self.output
             time.sleep(0.02)
         self.ready_s = time.monotonic() - self.began
         (line,) = [line for line in self.output.splitlines() if line.startswith("export OPENAI_BASE_URL=")]
@@ -91,6 +93,12 @@ class Server:
 
     def get(self, path: str, **params: Any) -> Any:
         return self.http.get(path, params=params).raise_for_status().json()
+
+    def abort(self) -> None:
+        """End both processes; what each of their threads was doing goes to the log."""
+        for process in filter(None, (self.engine(), psutil.Process(self.process.pid))):
+            process.send_signal(signal.SIGABRT)
+            process.wait(10)
 
     def engine(self) -> psutil.Process | None:
         with contextlib.suppress(psutil.Error):

@@ -29,6 +29,7 @@ from tandem.memory.blocks import BlockPool
 from tandem.model.adapter import AdapterWeights
 from tandem.scheduler import budget, policy
 from tandem.scheduler.budget import Load, Measurement
+from tandem.scheduler.replay import PlanRecord
 from tandem.scheduler.state import Row, State
 from tandem.work import (
     AdamParams,
@@ -83,7 +84,7 @@ class Engine:
         self.pace = Pace(config.training, cost)
         self.training = Training(config.training, self.worker, self.blocks, self.adapters, cost)
         self.stats = EngineStats(blocks_total=self.blocks.num_total)
-        self.plan_log: deque[tuple[StepPlan, float]] = deque(maxlen=PLAN_LOG_STEPS)
+        self.plan_log: deque[PlanRecord] = deque(maxlen=PLAN_LOG_STEPS)
         self._seeds = random.Random(config.model.seed)  # of requests that bring none
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
         self._arrived: dict[int, float] = {}  # monotonic seconds, of rows never admitted
@@ -187,10 +188,12 @@ class Engine:
         """One iteration: everything that runs advances, within the plan's limits. `deliver` gets the news as soon as
         the forward pass is done, before the training slices; they are returned too."""
         self.training.begin()
-        plan = policy.plan(self._snapshot(), replace(self.limits, train=self.training.limits))
+        snapshot, limits = self._snapshot(), replace(self.limits, train=self.training.limits)
+        plan = policy.plan(snapshot, limits)
         self.training.reserve(plan)
         reservation = self.blocks.reserve(plan, self.state.rows)
         result = self._forward(plan, reservation.copies)
+        self.plan_log.append(PlanRecord(plan, result.seconds, snapshot, limits))
         events = self._commit(plan, result)
         if deliver is not None:
             deliver(events)
@@ -244,7 +247,6 @@ class Engine:
         self._release(finished)
         if plan.segments:
             self._correct(plan, result.seconds)
-        self.plan_log.append((plan, result.seconds))
         self._recent.append((result.seconds, len(finished)))
         # What a preempted row computes again is no news.
         num_prompt_tokens = sum(

@@ -8,6 +8,7 @@ import queue
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -19,6 +20,7 @@ import zmq
 
 from tandem.engine import messages
 from tandem.errors import BudgetError, ConfigError, ModelError, TandemError
+from tandem.scheduler import replay
 from tandem.work import Adapter, SizeReport, TokenEvent, TrainReport
 
 if TYPE_CHECKING:
@@ -102,6 +104,14 @@ class _Loop:
         threading.Thread(target=self._read_adapters, daemon=True).start()
         self.training: dict[int, int] = {}  # operation -> call
         self.told_s = 0.0
+
+        signal.signal(signal.SIGUSR1, self._write_plans)
+
+    def _write_plans(self, number: int, frame: object) -> None:
+        """On SIGUSR1: the last plans go to a file, for `tandem.scheduler.replay`."""
+        path = Path(tempfile.gettempdir()) / f"tandem-plans-{os.getpid()}-{int(time.time())}.msgpack"
+        replay.save(self.engine.plan_log, path)
+        print(f"The last {len(self.engine.plan_log)} plans are in {path}", file=sys.stderr, flush=True)
 
     def run(self) -> int:
         while True:

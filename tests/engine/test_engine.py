@@ -65,7 +65,7 @@ def test_same_text_with_batch_mates(make_engine, alone: list[list[int]]) -> None
 def test_same_text_in_chunks(make_engine, alone: list[list[int]], chunk: int) -> None:
     engine = make_engine(max_num_batched_tokens=chunk, max_num_seqs=4)
     assert engine.generate(prompts(), GREEDY) == alone
-    assert max(plan.num_tokens for plan, _ in engine.plan_log) <= chunk
+    assert max(plan.num_tokens for plan, *_ in engine.plan_log) <= chunk
 
 
 def test_same_text_from_the_prefix_cache(make_engine, alone: list[list[int]]) -> None:
@@ -113,7 +113,7 @@ def test_choices_share_the_prompt_and_copy_on_write(make_engine) -> None:
     together = collect(engine)
     texts = [ids(together["r", i]) for i in range(5)]
     assert len({tuple(t) for t in texts}) == 5
-    computed = sum(s.length for plan, _ in engine.plan_log for s in plan.segments)
+    computed = sum(s.length for plan, *_ in engine.plan_log for s in plan.segments)
     assert computed <= 41 + 4 + 5 * 12, "a fork computes one prompt token, not the prompt"
     other = make_engine(enable_prefix_caching=False, max_num_seqs=1, max_num_batched_tokens=8)
     other.submit(Request(request_id="r", prompt=prompt, sampling=sampling))
@@ -253,7 +253,7 @@ def test_a_plan_never_stalls_running_decodes(make_engine) -> None:
     while engine.has_work:
         cost = engine.limits.cost
         engine.step()
-        plan, _ = engine.plan_log[-1]
+        plan, *_ = engine.plan_log[-1]
         decodes = [s for s in plan.segments if s.length == 1 and s.samples]
         if decodes:
             mixed += len(decodes) < len(plan.segments)
