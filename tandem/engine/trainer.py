@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tandem.config import TrainingConfig
-from tandem.errors import BudgetError, Diverged, InvalidRequest
+from tandem.errors import BudgetError, InvalidRequest
 from tandem.finetune import checkpoint
 from tandem.finetune.losses import cross_entropy
 from tandem.finetune.run import LayerPairs, Run
@@ -27,7 +27,7 @@ from tandem.model.gradients import KEPT, Buffers, DenseLayer, Factors, Microbatc
 from tandem.model.spec import targets
 from tandem.scheduler.progress import Batch
 from tandem.scheduler.training import LARGEST_WINDOW
-from tandem.work import AdamParams, Example, LoraConfig, Pass, PassReport, Segment, Slice, UpdateReport
+from tandem.work import AdamParams, LoraConfig, Pass, PassReport, Segment, Slice, UpdateReport
 
 # What training keeps between forward and backward when nobody says: this share of the free memory, at most so much.
 FREE_SHARE = 0.25
@@ -217,11 +217,13 @@ class Trainer:
         ops: list[int] = []
         rows: dict[int, tuple[int, Sequence[int]]] = {}
         for row in batch.rows:
-            example, start = self._example(row.queued.op, row.index), len(ids)
+            op, start = row.queued.op, len(ids)
+            assert isinstance(op, Pass)
+            example = op.examples[row.index]
             slot = self.slots[row.run.version]
             key = hash_64(slot.run.lora.seed, slot.run.num_passes)
-            slot.run.num_passes += batch.learns
-            dropout = slot.run.lora.dropout if batch.learns else 0.0
+            slot.run.num_passes += op.learns
+            dropout = slot.run.lora.dropout if op.learns else 0.0
             sequences.append(TrainSequence(start, start + row.length, slot.factors, dropout, key))
             rows[row.row] = (start, example.tokens)
             ids += example.tokens
@@ -241,11 +243,6 @@ class Trainer:
         self._flights[batch.batch_id] = _Flight(micro, counted_M, targets_M, weights_M, ops, rows)
         for op_id in {row.queued.op_id for row in batch.rows}:
             self._totals.setdefault(op_id, _Totals())
-
-    @staticmethod
-    def _example(op: object, index: int) -> Example:
-        assert isinstance(op, Pass)
-        return op.examples[index]
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -271,7 +268,8 @@ class Trainer:
         return max(1, min(self.config.train_batch_tokens, fits))
 
     def end(self, batch_id: int) -> None:
-        self._flights.pop(batch_id).micro.release()
+        if (flight := self._flights.pop(batch_id, None)) is not None:  # None: there was no memory to begin it
+            flight.micro.release()
 
     def tokens(self, batch_id: int, row: int) -> Sequence[int]:
         """Token ids of a training row."""
@@ -339,16 +337,11 @@ class Trainer:
         slot = self.slots[piece.batch]
         run = slot.run
         if piece.start == 0:
-            slot.grad_norm = run.optimizer.norm(run.gradients_P)
+            slot.grad_norm = run.optimizer.norm(run.gradients_P, params)
         run.optimizer.update(run.weights_P, run.gradients_P, piece.start, piece.stop, params, slot.grad_norm)
         if piece.stop == run.num_parameters:
             run.optimizer.step += 1
             self._refresh(piece.batch)
-            if not bool(run.weights_P.sum().isfinite()):
-                raise Diverged(
-                    f"optimiser step {run.optimizer.step} left weights that are not finite: lower the learning rate "
-                    "and go on from an earlier checkpoint"
-                )
 
     def discard_gradients(self, version: int) -> None:
         """Forget what passes have added up."""

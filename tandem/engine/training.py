@@ -6,13 +6,14 @@ The integers are in `scheduler/progress`, the tensors in `trainer`; here they me
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 from tandem.config import TrainingConfig
 from tandem.engine.worker import RowInput, Worker
-from tandem.errors import Cancelled, Conflict, Diverged, NotFound, TandemError
+from tandem.errors import BudgetError, Cancelled, Conflict, Diverged, NotFound, TandemError
 from tandem.finetune.run import Run
 from tandem.memory.adapters import AdapterTable
 from tandem.memory.blocks import BlockPool
@@ -157,7 +158,11 @@ class Training:
                     run.run_id, self._saver.submit(self.trainer.save, run.version, path)
                 )  # fmt: skip
         if (batch := self._progress.assemble()) is not None:
-            self.trainer.begin(batch)
+            try:
+                self.trainer.begin(batch)
+            except (MemoryError, RuntimeError) as error:
+                traceback.print_exc()
+                self._abandon(error)
 
     def view(self) -> TrainView | None:
         down = self._progress.backward
@@ -207,7 +212,8 @@ class Training:
         return lambda starts: self.trainer.recorder(batch_id, plan.segments, starts)
 
     def run(self, plan: StepPlan) -> None:
-        """Execute the plan's slices and move the cursors. A run that diverges loses its update and its gradients."""
+        """Execute the plan's slices and move the cursors. A run that diverges loses its update and its gradients; what
+        torch cannot do (no memory, mostly) ends the operations under way, not the engine."""
         done: list[Slice] = []
         failed: tuple[Queued, Diverged] | None = None
         for piece in plan.slices:
@@ -216,6 +222,10 @@ class Training:
             except Diverged as error:
                 failed = self._diverged(piece, error)
                 break
+            except (MemoryError, RuntimeError) as error:
+                traceback.print_exc()
+                self._abandon(error)
+                return
             done.append(piece)
         finished_ops, finished = self._progress.commit(replace(plan, slices=tuple(done)))
         if failed is not None:
@@ -267,8 +277,17 @@ class Training:
     def _diverged(self, piece: Slice, error: Diverged) -> tuple[Queued, Diverged]:
         run = next(r for r in self._progress.runs.values() if r.version == piece.batch)
         self.trainer.discard_gradients(run.version)
-        run.may_ride = False  # its factors may hold infinities, which the stacked pool would spread to other rows
         return self._progress.pop(run.run_id), error
+
+    def _abandon(self, error: Exception) -> None:
+        dropped, batches = self._progress.abandon()
+        for batch in batches:
+            self._end(batch)
+            for version in {row.run.version for row in batch.rows} & self.trainer.slots.keys():
+                self.trainer.discard_gradients(version)
+        for queued in dropped:
+            self.trainer.forget_op(queued.op_id)
+            self._report(queued.op_id, BudgetError(f"training could not go on: {error}"))
 
     def _outcome(self, queued: Queued) -> Report:
         if isinstance(queued.op, Pass):

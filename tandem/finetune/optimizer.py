@@ -12,6 +12,9 @@ from torch import Tensor
 from tandem.errors import Diverged
 from tandem.work import AdamParams
 
+# A parameter moves by at most rate / sqrt(1 - beta2) in a step; beyond this rate it could leave float32.
+LARGEST_RATE = 1e36
+
 
 class AdamW:
     """The state of one run's optimiser: `step` counts updates, the moments are as long as the parameters."""
@@ -25,10 +28,11 @@ class AdamW:
     def nbytes(self) -> int:
         return self.exp_avg.nbytes + self.exp_avg_sq.nbytes
 
-    def norm(self, gradients: Tensor) -> float:
-        """Raises Diverged where the gradients' norm is not finite; nothing has been changed then."""
+    def norm(self, gradients: Tensor, params: AdamParams) -> float:
+        """Raises Diverged where the gradients' norm is not finite, or the update might not be; nothing has been changed
+        then."""
         norm = float(torch.linalg.vector_norm(gradients))
-        if not norm < float("inf"):
+        if not norm < float("inf") or not params.learning_rate < LARGEST_RATE:
             raise Diverged(
                 f"the gradient of optimiser step {self.step + 1} is not finite: lower the learning rate; the weights "
                 "are those before this step"

@@ -263,6 +263,18 @@ class Progress:
         """A run's first operation, which is done (or has failed)."""
         return self._runs[run_id].ops.popleft()
 
+    def abandon(self) -> tuple[list[Queued], list[Batch]]:
+        """Give up every microbatch on its way, and all that the runs in them have queued, which could only go wrong
+        now. Returns both."""
+        batches = [b for b in (self.forward, self.backward) if b is not None]
+        self.forward = self.backward = None
+        dropped: list[Queued] = []
+        for run in self._runs.values():
+            if any(row.run is run for batch in batches for row in batch.rows):
+                dropped += run.ops
+                run.ops.clear()
+        return dropped, batches
+
     def evict(self) -> Batch:
         """The microbatch on its way up has lost its blocks: it goes on in slices, which rebuild keys and values."""
         assert self.forward is not None and self.forward.layer is None
