@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 from durability import endure
@@ -14,3 +16,14 @@ def test_five_kills_lose_nothing_and_change_nothing(tmp_path):
     kills = []
     assert endure(tmp_path, seed, num_kills=5, on_kill=kills.append) >= 2, kills
     assert len(kills) == 5
+
+
+def test_an_engine_whose_server_died_before_it_could_look_ends_too(tmp_path):
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    addresses = [f"ipc://{folder}/{name}" for name in ("to-engine", "from-engine")]
+    command = [sys.executable, "-m", "tandem.engine.process", *addresses, str(dead.pid)]
+    assert subprocess.run(command, timeout=20).returncode == 1
+    assert not folder.exists()

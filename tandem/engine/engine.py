@@ -204,7 +204,7 @@ class Engine:
         return self.state.snapshot(
             self.blocks,
             self.limits,
-            self.pace.slack_s(self.state.running, time.monotonic()),
+            self.pace.slack_s(self.state.running, self.state.waiting, time.monotonic()),
             self.training.view(),
             self.training.num_blocks,
         )
@@ -247,7 +247,8 @@ class Engine:
         self._release(finished)
         if plan.segments:
             self._correct(plan, result.seconds)
-        self._recent.append((result.seconds, len(finished)))
+        if plan.requests:
+            self._recent.append((result.seconds + plan.slices_s, len(finished)))
         # What a preempted row computes again is no news.
         num_prompt_tokens = sum(
             max(0, min(segment.stop, row.num_prompt) - segment.start)
@@ -385,6 +386,8 @@ class Engine:
         NotFound (no such run) and InvalidRequest."""
         if isinstance(op, Pass):
             self._check_examples(op)
+        if isinstance(op, Update) and not (0 <= op.params.beta1 < 1 and 0 <= op.params.beta2 < 1 and op.params.eps > 0):
+            raise InvalidRequest("beta1 and beta2 must be at least 0 and below 1, eps above 0", "params")
         return self.training.enqueue(op)
 
     def close_run(self, run_id: str) -> None:

@@ -21,6 +21,8 @@ AIM = 0.96
 STALL_QUANTILE = 0.8
 PUT_BY = 0.25
 RECENT_STALLS = 32
+# Once the first of the queue has waited so long, training stands back.
+WAIT_SHARE = 0.5
 RECENT_S = 60.0
 REFRESH_S = 1.0
 
@@ -50,18 +52,19 @@ class Pace:
         self._arrived.pop(row, None)
         self._first.pop(row, None)
 
-    def slack_s(self, rows: Sequence[Row], now: float) -> float:
-        """Seconds until the first of these rows must have its next token, if the mean time per token of each is to keep
-        its target, also when the next prompt arrives."""
+    def slack_s(self, running: Sequence[Row], waiting: Sequence[Row], now: float) -> float:
+        """Seconds until the first running row must have its next token, if the mean time per token of each is to keep
+        its target, also when the next prompt arrives; or until a waiting row has used up its share of its target: what
+        runs must be done sooner then."""
         aim_s, put_by_s = AIM * self.tpot_s, PUT_BY * self.tpot_s
-        return min(
-            (
-                first + row.num_generated * aim_s - min(self._reserve_s, row.num_generated * put_by_s) - now
-                for row in rows
-                if (first := self._first.get(row.row_id))
-            ),
-            default=float("inf"),
+        tokens = (
+            first + row.num_generated * aim_s - min(self._reserve_s, row.num_generated * put_by_s) - now
+            for row in running
+            if (first := self._first.get(row.row_id))
         )
+        wait_s = WAIT_SHARE * self.ttft_s
+        arrivals = (self._arrived[row.row_id] + wait_s - now for row in waiting[:1] if row.row_id in self._arrived)
+        return min((*tokens, *arrivals), default=float("inf"))
 
     def stalled(self, seconds: float, now: float) -> None:
         """A step took so much longer for the prompts in it; 0 for one without, which ends a stall."""

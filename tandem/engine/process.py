@@ -103,15 +103,24 @@ class _Loop:
         )
         threading.Thread(target=self._read_adapters, daemon=True).start()
         self.training: dict[int, int] = {}  # operation -> call
-        self.told_s = 0.0
+        self.told_s, self.is_behind = 0.0, False  # when the client last got figures; whether they have changed since
 
-        signal.signal(signal.SIGUSR1, self._write_plans)
+        self.wants_plans = False
+        signal.signal(signal.SIGUSR1, self._want_plans)
 
-    def _write_plans(self, number: int, frame: object) -> None:
-        """On SIGUSR1: the last plans go to a file, for `tandem.scheduler.replay`."""
+    def _want_plans(self, number: int, frame: object) -> None:
+        self.wants_plans = True
+
+    def _write_plans(self) -> None:
+        """After SIGUSR1: the last plans go to a file, for `tandem.scheduler.replay`."""
+        self.wants_plans = False
         path = Path(tempfile.gettempdir()) / f"tandem-plans-{os.getpid()}-{int(time.time())}.msgpack"
-        replay.save(self.engine.plan_log, path)
-        print(f"The last {len(self.engine.plan_log)} plans are in {path}", file=sys.stderr, flush=True)
+        try:
+            replay.save(self.engine.plan_log, path)
+        except OSError as error:
+            print(f"The plans cannot be written to {path}: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"The last {len(self.engine.plan_log)} plans are in {path}", file=sys.stderr, flush=True)
 
     def run(self) -> int:
         while True:
@@ -119,16 +128,23 @@ class _Loop:
                 return 0
             while not self.to_publish.empty():
                 self._publish(*self.to_publish.get())
+            if self.wants_plans:
+                self._write_plans()
             if self.engine.has_work:
                 self.engine.step(self._deliver)
+            elif self.is_behind and time.monotonic() - self.told_s > FIGURES_PERIOD_S:
+                self._tell([])
             self._report()
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """News of a step; without any, the figures alone are sent now and then."""
-        now = time.monotonic()
-        if events or now - self.told_s > FIGURES_PERIOD_S:
-            self.told_s = now
-            self.send(messages.Stepped(events, self.engine.refresh_stats()))
+        self.is_behind = True
+        if events or time.monotonic() - self.told_s > FIGURES_PERIOD_S:
+            self._tell(events)
+
+    def _tell(self, events: list[TokenEvent]) -> None:
+        self.told_s, self.is_behind = time.monotonic(), self.engine.has_work
+        self.send(messages.Stepped(events, self.engine.refresh_stats()))
 
     def _report(self) -> None:
         for op_id, report in self.engine.take_reports():
@@ -185,15 +201,23 @@ class _Loop:
             case messages.CheckRun(lora=lora, longest=longest):
                 report = SizeReport(bytes_needed=self.engine.check_run(lora, longest))
             case messages.OpenRun(run_id=run_id, lora=lora):
-                report = self.engine.open_run(
-                    run_id, lora, init_from=message.init_from, resume_from=message.resume_from,
-                    priority=message.priority,
-                )  # fmt: skip
+                try:
+                    report = self.engine.open_run(
+                        run_id, lora, init_from=message.init_from, resume_from=message.resume_from,
+                        priority=message.priority,
+                    )  # fmt: skip
+                except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+                    if isinstance(error, TandemError):
+                        raise
+                    traceback.print_exc(file=sys.stderr)  # whatever an adapter made by a stranger can cause
+                    reason = f"the training run cannot be opened: {type(error).__name__}: {error}"
+                    raise ModelError(reason) from error
             case messages.Train(call_id=call_id, op=op):
                 self.training[self.engine.enqueue(op)] = call_id
                 return
             case messages.CloseRun(run_id=run_id):
                 self.engine.close_run(run_id)
+                self.is_behind = True
                 self._report()  # what it had queued fails before the closing is confirmed
         self.send(messages.Trained(message.call_id, report))
 

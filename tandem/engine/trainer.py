@@ -34,7 +34,7 @@ FREE_SHARE = 0.25
 MOST_KEPT_BYTES = 6 * 2**30
 # The same on every machine, so that the same job gives the same bits.
 DETERMINISTIC_KEPT_BYTES = 2**30
-LARGEST_RATE = 1e3
+LARGEST_SCALING = 1e3
 
 
 @dataclass(slots=True)
@@ -101,8 +101,10 @@ class Trainer:
             raise InvalidRequest(f"rank must be 1 to {self.max_rank} (--max-lora-rank), not {lora.rank}", "rank")
         if not 0.0 <= lora.dropout < 1.0:
             raise InvalidRequest(f"dropout must be at least 0 and below 1, not {lora.dropout}", "dropout")
-        if not 0.0 < abs(lora.alpha) < LARGEST_RATE * self.max_rank:
-            raise InvalidRequest(f"alpha must be a number other than 0, not {lora.alpha}", "alpha")
+        if not 0.0 < abs(lora.alpha) < LARGEST_SCALING * self.max_rank:
+            raise InvalidRequest(
+                f"alpha must not be 0, nor beyond {LARGEST_SCALING * self.max_rank:g}, but is {lora.alpha}", "alpha"
+            )
         named = set(lora.target_modules)
         if "all-linear" in named:
             named = named - {"all-linear"} | self.targets.keys()
@@ -134,7 +136,8 @@ class Trainer:
 
     def check(self, lora: LoraConfig, longest: int) -> int:
         """`estimate`, or BudgetError where less is free."""
-        needed, free = self.estimate(lora, longest), arena.available_bytes(self.device, 1.0)
+        arena.return_free_memory()
+        needed, free = self.estimate(lora, longest), arena.available_bytes(self.device, 1.0) + self._buffers.nbytes
         if needed > free:
             raise BudgetError(
                 f"training with sequences of {longest} tokens at rank {lora.rank} needs {needed / 1e9:.2f} GB and "
@@ -187,7 +190,7 @@ class Trainer:
         if not self.slots:
             self.dense.drop()
             self._buffers.drop()
-            arena.return_free_memory()
+        arena.return_free_memory()
 
     def weights(self, version: int) -> AdapterWeights:
         """A run's factors as the serving pool takes them; they change with every update."""
@@ -259,7 +262,7 @@ class Trainer:
         if not self.config.deterministic:
             free = arena.available_bytes(self.device, 1.0) + self._buffers.nbytes
             allowed = min(allowed, free / 2)
-        left = allowed / num_tokens - self._input_bytes()
+        left = allowed / max(num_tokens, self._buffers.num_rows) - self._input_bytes()
         return max(0, min(len(self.decoder.spec.layers), int(left / per_layer)))
 
     def batch_tokens(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
@@ -19,10 +19,12 @@ from tandem.memory.adapters import AdapterTable
 from tandem.memory.blocks import BlockPool
 from tandem.model.decoder import Record
 from tandem.scheduler.budget import CostModel
-from tandem.scheduler.progress import Batch, Progress, Queued
+from tandem.scheduler.progress import Batch, Progress, Queued, RunQueue
 from tandem.scheduler.training import TrainLimits, TrainRow, TrainView, first_guess, pairs_of
 from tandem.work import LoraConfig, Pass, PassReport, RunReport, Slice, StepPlan, TrainOp, Update, UpdateReport
 
+# Slices keep an arriving request waiting for at most this share of its target.
+TTFT_SHARE = 0.25
 # What comes of an operation: None of a save.
 Report = PassReport | UpdateReport | TandemError | None
 
@@ -42,7 +44,7 @@ class Training:
         head = spec.vocab_size * spec.hidden_size
         layer = max(1, (spec.num_parameters - head) // len(spec.layers))
         self.limits = TrainLimits(
-            step_s=config.train_step_ms / 1e3,
+            step_s=min(config.train_step_ms, TTFT_SHARE * config.slo_ttft_ms) / 1e3,
             window=config.train_window,
             share_forward=config.share_forward,
             deterministic=config.deterministic,
@@ -54,7 +56,7 @@ class Training:
         self._next_op = 1
         self._reports: list[tuple[int, Report]] = []
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._saves: dict[int, tuple[str, Future[None]]] = {}  # operation -> run, what the thread makes of it
+        self._saves: dict[int, tuple[str | None, Future[None]]] = {}  # operation -> run if open, the thread's answer
         self._num_tokens = 0
         self._seconds = 0.0
 
@@ -69,6 +71,9 @@ class Training:
         version = self._adapters.begin_training(lora.rank)
         try:
             run = self.trainer.open(version, lora, init_from, resume_from)
+        except (MemoryError, RuntimeError) as error:
+            self._adapters.end_training(version)
+            raise BudgetError(f"there is no memory for the training run: {error}") from error
         except BaseException:
             self._adapters.end_training(version)
             raise
@@ -101,7 +106,9 @@ class Training:
         dropped, idle = self._progress.close(run_id)
         del self._versions[run_id]
         for queued in dropped:
-            self._saves.pop(queued.op_id, None)
+            if queued.op_id in self._saves:  # it cannot be stopped any more: what comes of it is still reported
+                self._saves[queued.op_id] = (None, self._saves[queued.op_id][1])
+                continue
             self.trainer.forget_op(queued.op_id)
             self._report(queued.op_id, Cancelled(f"the training run {run_id} was closed before this was done"))
         for batch in idle:
@@ -122,10 +129,12 @@ class Training:
         for op_id, (run_id, future) in list(self._saves.items()):
             if future.done():
                 del self._saves[op_id]
-                self._progress.pop(run_id)
+                if run_id is not None:
+                    self._progress.pop(run_id)
                 error = future.exception()
                 if error is not None and not isinstance(error, TandemError):
-                    raise error
+                    traceback.print_exception(error)
+                    error = TandemError(f"the adapter cannot be saved: {type(error).__name__}: {error}")
                 self._report(op_id, error)
         reports, self._reports = self._reports, []
         return reports
@@ -216,6 +225,7 @@ class Training:
         torch cannot do (no memory, mostly) ends the operations under way, not the engine."""
         done: list[Slice] = []
         failed: tuple[Queued, Diverged] | None = None
+        broken: tuple[Slice, Exception] | None = None
         for piece in plan.slices:
             try:
                 self._run(piece)
@@ -224,8 +234,8 @@ class Training:
                 break
             except (MemoryError, RuntimeError) as error:
                 traceback.print_exc()
-                self._abandon(error)
-                return
+                broken = piece, error
+                break
             done.append(piece)
         finished_ops, finished = self._progress.commit(replace(plan, slices=tuple(done)))
         if failed is not None:
@@ -241,9 +251,14 @@ class Training:
             self._release(up)
         if down is not None:
             self._release(down)
-        if finished:
-            for version in self._close_unused():
-                self._worker.forget(version)
+        if broken is not None:
+            self._abandon(broken[1], [self._run_of(broken[0]).run_id] if broken[0].kind == "update" else [])
+        elif finished:
+            self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        for version in self._close_unused():
+            self._worker.forget(version)
 
     def _run(self, piece: Slice) -> None:
         params, unpacks = None, False
@@ -269,25 +284,29 @@ class Training:
         self.limits = replace(self.limits, cost=cost.corrected("ride", predicted_s, max(measured_s, 1e-6), False))
 
     def _due_update(self, piece: Slice) -> Update:
-        run = next(r for r in self._progress.runs.values() if r.version == piece.batch)
-        op = run.ops[0].op
+        op = self._run_of(piece).ops[0].op
         assert isinstance(op, Update)
         return op
 
     def _diverged(self, piece: Slice, error: Diverged) -> tuple[Queued, Diverged]:
-        run = next(r for r in self._progress.runs.values() if r.version == piece.batch)
+        run = self._run_of(piece)
         self.trainer.discard_gradients(run.version)
         return self._progress.pop(run.run_id), error
 
-    def _abandon(self, error: Exception) -> None:
-        dropped, batches = self._progress.abandon()
+    def _abandon(self, error: Exception, run_ids: Sequence[str] = ()) -> None:
+        dropped, batches = self._progress.abandon(run_ids)
+        versions = {row.run.version for batch in batches for row in batch.rows}
+        for version in (versions | {self._versions[r] for r in run_ids}) & self.trainer.slots.keys():
+            self.trainer.discard_gradients(version)
         for batch in batches:
             self._end(batch)
-            for version in {row.run.version for row in batch.rows} & self.trainer.slots.keys():
-                self.trainer.discard_gradients(version)
         for queued in dropped:
             self.trainer.forget_op(queued.op_id)
             self._report(queued.op_id, BudgetError(f"training could not go on: {error}"))
+        self._forget_unused()
+
+    def _run_of(self, piece: Slice) -> RunQueue:
+        return next(r for r in self._progress.runs.values() if r.version == piece.batch)
 
     def _outcome(self, queued: Queued) -> Report:
         if isinstance(queued.op, Pass):

@@ -34,8 +34,8 @@ class AdamW:
         norm = float(torch.linalg.vector_norm(gradients))
         if not norm < float("inf") or not params.learning_rate < LARGEST_RATE:
             raise Diverged(
-                f"the gradient of optimiser step {self.step + 1} is not finite: lower the learning rate; the weights "
-                "are those before this step"
+                f"optimiser step {self.step + 1} was not made, its gradient has norm {norm:g} and its learning rate is "
+                f"{params.learning_rate:g}: lower the learning rate; the weights are those before this step"
             )
         return norm
 

@@ -195,9 +195,12 @@ class Queue:
             if not is_alone:
                 self._crowded.add(job.job_id)
             return
+        except BaseException:
+            self._crowded.clear()
+            raise
         finally:
             del self._runs[job.job_id]
-            self._crowded &= {job.job_id}  # for all others there is more room now
+        self._crowded.clear()  # there is more room now
         if ended == "pause":
             await self._db.run(queries.move, job.job_id, "paused", "The job is paused")
         elif ended in ("finished", "cancel"):

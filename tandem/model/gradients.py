@@ -115,7 +115,7 @@ class Buffers:
     """
 
     def __init__(self, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._num_rows = num_rows
+        self.num_rows = num_rows
         self._dtype = dtype
         self._device = device
         self._free: dict[int, list[Tensor]] = {}
@@ -123,17 +123,17 @@ class Buffers:
     def take(self, num_rows: int, width: int) -> Tensor:
         """[num_rows, width], with anything in it."""
         free = self._free.get(width)
-        if num_rows <= self._num_rows and free:
+        if num_rows <= self.num_rows and free:
             return free.pop()[:num_rows]
         # What inference mode allocates can never be part of a graph.
         with torch.inference_mode(False):
-            capacity = max(num_rows, self._num_rows)
+            capacity = max(num_rows, self.num_rows)
             return torch.empty(capacity, width, dtype=self._dtype, device=self._device)[:num_rows]
 
     def give_back(self, buffer: Tensor) -> None:
         """The reverse of `take`; nobody reads it any more."""
         whole = buffer._base if buffer._base is not None else buffer
-        if len(whole) == self._num_rows:
+        if len(whole) == self.num_rows:
             self._free.setdefault(whole.shape[1], []).append(whole)
 
     def drop(self) -> None:

@@ -8,7 +8,7 @@ without an update between them follow each other closely.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tandem.scheduler.training import BackwardView, ForwardView, TrainRow, TrainView, UpdateView
@@ -150,7 +150,10 @@ class Progress:
     def enqueue(self, op_id: int, op: TrainOp) -> None:
         """Add an operation to its run's queue. The run is open, a pass has examples."""
         num_left = len(op.examples) if isinstance(op, Pass) else 0
-        self._runs[op.run_id].ops.append(Queued(op_id, op, num_left=num_left))
+        run = self._runs[op.run_id]
+        if not run.ops:  # what it did not ask for earlier it cannot claim now
+            run.service = max(run.service, min((r.service for r in self._runs.values() if r.ops), default=0.0))
+        run.ops.append(Queued(op_id, op, num_left=num_left))
 
     # ------------------------------------------------------------ what could run
 
@@ -263,14 +266,14 @@ class Progress:
         """A run's first operation, which is done (or has failed)."""
         return self._runs[run_id].ops.popleft()
 
-    def abandon(self) -> tuple[list[Queued], list[Batch]]:
-        """Give up every microbatch on its way, and all that the runs in them have queued, which could only go wrong
-        now. Returns both."""
+    def abandon(self, run_ids: Collection[str]) -> tuple[list[Queued], list[Batch]]:
+        """Give up every microbatch on its way, and all that these runs and those in the microbatches have queued, which
+        could only go wrong now. Returns both."""
         batches = [b for b in (self.forward, self.backward) if b is not None]
         self.forward = self.backward = None
         dropped: list[Queued] = []
         for run in self._runs.values():
-            if any(row.run is run for batch in batches for row in batch.rows):
+            if run.run_id in run_ids or any(row.run is run for batch in batches for row in batch.rows):
                 dropped += run.ops
                 run.ops.clear()
         return dropped, batches

@@ -176,20 +176,23 @@ def fill(
     """Training beside a forward pass with this `load` (empty: nothing to serve), within `slack_s` of the whole step.
 
     Riding tokens go first: they cost least. What is left goes to slices, last microbatch first, so that activations
-    are given back early. Without anything to serve at least one slice is planned, however long it takes.
+    are given back early. One slice may take longer than a step of training should, if it must and the slack allows:
+    where the smallest there is takes that long, training would never get on otherwise.
     """
     is_alone = load.tokens == 0
     serving_s = cost.seconds(load)
-    room_s = limits.step_s if is_alone else min(slack_s - serving_s, limits.step_s)
+    most_s = slack_s - serving_s
+    room_s = min(most_s, limits.step_s)
     segments: tuple[Segment, ...] = ()
     forward = view.forward
     rides = forward is not None and not is_alone and _may_ride(forward, limits, free_blocks, block_size)
     if forward is not None and rides and _pays(forward, view, load, cost, limits):
         tokens = _ride(forward, view, load, cost, limits, room_s)
         segments = _segments(forward.rows, forward.done, forward.done + tokens)
-        room_s -= _added_s(forward, load, cost, limits, tokens)
+        ridden_s = _added_s(forward, load, cost, limits, tokens)
+        room_s, most_s = room_s - ridden_s, most_s - ridden_s
         forward = None  # what did not ride now rides in the next step
-    draft = _Slices(limits, view.num_layers, room_s, is_alone)
+    draft = _Slices(limits, view.num_layers, room_s, float("inf") if is_alone and slack_s > 0 else most_s)
     for update in view.updates:
         draft.update(update)
     if view.backward is not None:
@@ -251,11 +254,12 @@ def _segments(rows: Sequence[TrainRow], start: int, stop: int) -> tuple[Segment,
 class _Slices:
     """Slices in the making, until the time is used up."""
 
-    def __init__(self, limits: TrainLimits, num_layers: int, room_s: float, must_have_one: bool) -> None:
+    def __init__(self, limits: TrainLimits, num_layers: int, room_s: float, first_s: float) -> None:
+        """`room_s` for all slices together, `first_s` if there is only one."""
         self.limits = limits
         self.num_layers = num_layers
         self.room_s = room_s
-        self.must_have_one = must_have_one
+        self.first_s = first_s
         self.slices: list[Slice] = []
         self.slices_s = 0.0
 
@@ -320,7 +324,7 @@ class _Slices:
 
     def _append(self, piece: Slice, pairs: int = 0, unpacks: bool = False) -> bool:
         seconds = self.limits.cost.seconds(piece.kind, piece.stop - piece.start, pairs, unpacks)
-        if self.slices_s + seconds > self.room_s and not (self.must_have_one and not self.slices):
+        if self.slices_s + seconds > self.room_s and (self.slices or seconds > self.first_s):
             return False
         self.slices.append(piece)
         self.slices_s += seconds

@@ -28,16 +28,16 @@ def test_the_default_target_is_twice_one_stream_and_readable():
 
 
 def test_slack_adds_up_while_a_row_is_ahead(pace):
-    assert pace.slack_s([row(1, 1)], 10.0) == pytest.approx(AIM * 0.1)
-    assert pace.slack_s([row(1, 11)], 10.4) == pytest.approx(11 * AIM * 0.1 - 0.4)
-    assert pace.slack_s([row(1, 2)], 10.5) < 0
+    assert pace.slack_s([row(1, 1)], [], 10.0) == pytest.approx(AIM * 0.1)
+    assert pace.slack_s([row(1, 11)], [], 10.4) == pytest.approx(11 * AIM * 0.1 - 0.4)
+    assert pace.slack_s([row(1, 2)], [], 10.5) < 0
 
 
 def test_the_tightest_row_decides_and_rows_without_a_token_do_not(pace):
     pace.arrive(2, 9.0)
-    assert pace.slack_s([row(2, 0)], 10.0) == float("inf")
+    assert pace.slack_s([row(2, 0)], [], 10.0) == float("inf")
     pace.commit([row(2, 1)], [], 10.05)
-    assert pace.slack_s([row(1, 5), row(2, 1)], 10.05) == pytest.approx(AIM * 0.1)
+    assert pace.slack_s([row(1, 5), row(2, 1)], [], 10.05) == pytest.approx(AIM * 0.1)
 
 
 def test_time_is_put_by_for_the_next_prompt(pace):
@@ -45,10 +45,16 @@ def test_time_is_put_by_for_the_next_prompt(pace):
         pace.stalled(0.15, 10.1)
     pace.stalled(0.0, 10.2)
     few, many = row(1, 2), row(1, 50)
-    assert pace.slack_s([few], 10.0) == pytest.approx(2 * (AIM - PUT_BY) * 0.1)
-    assert pace.slack_s([many], 10.0) == pytest.approx(50 * AIM * 0.1 - 0.3)
+    assert pace.slack_s([few], [], 10.0) == pytest.approx(2 * (AIM - PUT_BY) * 0.1)
+    assert pace.slack_s([many], [], 10.0) == pytest.approx(50 * AIM * 0.1 - 0.3)
     pace.p95_s(100.0)
-    assert pace.slack_s([many], 10.0) == pytest.approx(50 * AIM * 0.1), "an old stall is forgotten"
+    assert pace.slack_s([many], [], 10.0) == pytest.approx(50 * AIM * 0.1), "an old stall is forgotten"
+
+
+def test_who_waits_too_long_stops_training(pace):
+    pace.arrive(3, 10.0)
+    assert pace.slack_s([], [row(3, 0)], 10.5) == pytest.approx(1.0)
+    assert pace.slack_s([], [row(3, 0)], 12.0) < 0
 
 
 def test_what_users_saw(pace):
