@@ -24,6 +24,7 @@ from tandem.engine.training import Report, Training
 from tandem.engine.worker import RowInput, Worker
 from tandem.errors import ContextTooLong, InvalidRequest, Overloaded, TandemError
 from tandem.finetune.run import LayerPairs, Pair
+from tandem.memory import arena
 from tandem.memory.adapters import AdapterTable
 from tandem.memory.blocks import BlockPool
 from tandem.model.adapter import AdapterWeights
@@ -74,6 +75,7 @@ class Engine:
         self.adapters = AdapterTable(config.adapters.max_cpu_loras)
         self.state = State(self.worker.spec.eos_token_ids, self.worker.max_model_len)
         cost = budget.fit([Measurement(Load(*load), seconds) for *load, seconds in self.worker.measure()])
+        arena.return_free_memory()  # what loading and measuring took
         self.limits = policy.Limits(
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
