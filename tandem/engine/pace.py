@@ -15,7 +15,7 @@ DEFAULT_SLOWDOWN = 2.0
 READABLE_S = 0.02
 TYPICAL_CONTEXT = 512
 # Predictions miss; training aims at this share of the target.
-AIM = 0.96
+AIM = 0.985
 # A prompt that arrives stalls the rows that decode. So much time is kept for it: what every other recent stall took at
 # most, put by at this share of the target a token. Stalls that come earlier in a row's life are made up for anyway.
 STALL_QUANTILE = 0.5
