@@ -57,7 +57,8 @@ class Training:
         self._reports: list[tuple[int, Report]] = []
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saves: dict[int, tuple[str | None, Future[None]]] = {}  # operation -> run if open, the thread's answer
-        self._num_tokens = 0
+        self._num_tokens = 0  # of finished microbatches
+        self._told_tokens = 0  # a counter never falls, also not when a microbatch is given up
         self._seconds = 0.0
 
     # ------------------------------------------------------------ runs and operations
@@ -154,7 +155,8 @@ class Training:
     @property
     def figures(self) -> tuple[int, int, float]:
         """Open runs; tokens trained and seconds of slices so far."""
-        return len(self._versions), self._num_tokens, self._seconds
+        self._told_tokens = max(self._told_tokens, self._num_tokens + int(self._progress.trained_tokens))
+        return len(self._versions), self._told_tokens, self._seconds
 
     # ------------------------------------------------------------ before a plan
 

@@ -90,6 +90,18 @@ class Batch:
         return self.is_up and self.lost == self.num_counted and (not self.learns or self.back_layer < 0)
 
     @property
+    def trained_tokens(self) -> float:
+        """Tokens trained on so far: the way up counts as a third of the work, the way down as the rest."""
+        if not self.learns:
+            return 0.0
+        layers, passed = self.num_layers, self.done
+        up = passed * layers
+        if self.layer is not None:
+            up += self.layer * (self.num_tokens - passed) + self.cut - passed
+        down = (layers - 1 - self.back_layer) * self.num_tokens + self.num_tokens - self.stop
+        return (up + 2 * down) / (3 * layers)
+
+    @property
     def may_ride(self) -> bool:
         return self.learns and all(r.run.may_ride for r in self.rows)
 
@@ -209,6 +221,11 @@ class Progress:
         if forward is None and backward is None and not updates:
             return None
         return TrainView(self.num_layers, forward, backward, updates)
+
+    @property
+    def trained_tokens(self) -> float:
+        """Tokens' worth of training done in the microbatches on their way."""
+        return sum(batch.trained_tokens for batch in (self.forward, self.backward) if batch is not None)
 
     def due_saves(self) -> list[tuple[RunQueue, Queued]]:
         """Runs whose next operation is a save."""

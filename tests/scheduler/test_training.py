@@ -228,6 +228,7 @@ def test_everything_queued_is_done_once_and_in_order(seed, mixes):
             queued[run_id].append(op_id)
     train = TrainLimits(step_s=rng.choice([0.004, 0.05]))
     batches, backward = [], {}
+    worth = told = 0.0
     for _ in range(5000):
         for run, save in progress.due_saves():
             done.append((run.run_id, save.op_id))
@@ -246,6 +247,9 @@ def test_everything_queued_is_done_once_and_in_order(seed, mixes):
             if s.kind == "backward":
                 backward[s.batch] = backward.get(s.batch, 0) + s.stop - s.start
         ops, finished = progress.commit(plan)
+        worth += sum(b.num_tokens for b in finished if b.learns)
+        assert worth + progress.trained_tokens >= told - 1e-9, "training went backwards"
+        told = worth + progress.trained_tokens
         done += [(q.op.run_id, q.op_id) for q in ops]
         batches += finished
     assert progress.view(0, {}) is None and not progress.has_work
