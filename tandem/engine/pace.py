@@ -15,11 +15,11 @@ DEFAULT_SLOWDOWN = 2.0
 READABLE_S = 0.02
 TYPICAL_CONTEXT = 512
 # Predictions miss; training aims at this share of the target.
-AIM = 0.985
-# A prompt that arrives stalls the rows that decode. So much time is kept for it: what every other recent stall took at
-# most, put by at this share of the target a token. Stalls that come earlier in a row's life are made up for anyway.
-STALL_QUANTILE = 0.5
-PUT_BY = 0.2
+AIM = 0.96
+# A prompt that arrives stalls the rows that decode. So much time is kept for it: what all but a fifth of the recent
+# stalls took, put by at most at this share of the target a token.
+STALL_QUANTILE = 0.8
+PUT_BY = 0.25
 RECENT_STALLS = 32
 # Once the first of the queue has waited so long, training stands back.
 WAIT_SHARE = 0.5
