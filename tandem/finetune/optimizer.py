@@ -24,10 +24,6 @@ class AdamW:
         self.exp_avg = torch.zeros(num_parameters, device=device)
         self.exp_avg_sq = torch.zeros(num_parameters, device=device)
 
-    @property
-    def nbytes(self) -> int:
-        return self.exp_avg.nbytes + self.exp_avg_sq.nbytes
-
     def norm(self, gradients: Tensor, params: AdamParams) -> float:
         """Raises Diverged where the gradients' norm is not finite, or the update might not be; nothing has been changed
         then."""

@@ -47,10 +47,6 @@ class Run:
         return self.lora.alpha / (math.sqrt(self.lora.rank) if self.lora.use_rslora else self.lora.rank)
 
     @property
-    def nbytes(self) -> int:
-        return self.weights_P.nbytes + self.gradients_P.nbytes + self.optimizer.nbytes
-
-    @property
     def weights(self) -> LayerPairs:
         """Views of the factors."""
         return self._views(self.weights_P)

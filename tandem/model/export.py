@@ -26,7 +26,7 @@ from tandem.errors import ConfigError, ModelError, TandemError
 from tandem.hub import TOKENIZER_FILES
 from tandem.model.adapter import KEY, MLP_MODULES, PREFIX, WEIGHTS_FILE, AdapterWeights, read_adapter
 from tandem.model.spec import ModelSpec, Target, load_spec, targets
-from tandem.model.weights import LOADABLE, _weight_files, expected_shapes
+from tandem.model.weights import LOADABLE, expected_shapes, weight_files
 
 # Beside the weights: what transformers needs, and the terms under which the model came.
 COPIED_FILES = (*TOKENIZER_FILES, "LICENSE*", "NOTICE*")
@@ -57,7 +57,7 @@ def merge_adapter(model: Path, adapter: Path, output: Path, progress: Callable[[
     if output.exists():
         raise ConfigError(f"{output} exists already: choose another directory, or remove it first")
     spec = load_spec(model)
-    files = _weight_files(model)
+    files = weight_files(model)
     patches = _patches(spec, Path(adapter))
     _check(files, spec, patches)
     with _new_directory(output) as partial:

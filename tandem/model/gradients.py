@@ -209,12 +209,6 @@ class Microbatch:
                 self._kept[layer, name] = self._buffers.take(self.num_tokens, rows.shape[1])
             self._kept[layer, name][start : start + len(rows)] = rows
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held now."""
-        tensors = [*self._inputs.values(), *self._kept.values()]
-        return sum(t.nbytes for t in tensors) + (0 if self.grad_ND is None else self.grad_ND.nbytes)
-
     # ------------------------------------------------------------ slices
 
     @torch.no_grad()

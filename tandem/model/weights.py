@@ -135,7 +135,7 @@ class _Reader:
         self.kernels = kernels
         self.nbytes = 0
         self.files: dict[str, Any] = {}
-        for file in _weight_files(path):
+        for file in weight_files(path):
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
@@ -211,7 +211,8 @@ class _Reader:
         return self._owned(names[0]) if len(names) == 1 else torch.cat([self._mapped(name) for name in names])
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory. Raises ModelError."""
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if not index.is_file():
