@@ -1,6 +1,6 @@
 """`tandem doctor`: what this machine and this installation are, what is wrong with them, and what to do about it.
 
-Facts come from the operating system and package metadata; only the smoke test loads torch.
+Facts come from the operating system and package metadata; only the last checks, kernels and model, load torch.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def findings(server: ServerConfig, with_model: bool) -> Iterator[Finding]:
     yield memory(_available_memory(), memory_limit())
     yield port(server.host, server.port)
     yield from writable()
+    yield kernels()
     if with_model:
         yield smoke_test()
 
@@ -158,6 +159,25 @@ def writable() -> Iterator[Finding]:
         else:
             name = "TMPDIR" if topic == "tmp" else "HF_HOME"
             yield Finding("FAIL", topic, f"{where} is not writable: set {name} to a directory that is")
+
+
+def kernels() -> Finding:
+    """Which compiled kernels are there, which the engine takes, and why not the others."""
+    try:
+        from tandem.ops.cpu import library
+
+        usable, reasons = library.available()
+        stale = any(library.open_library(isa).stale for isa in usable)
+    except (ImportError, OSError) as error:
+        return Finding("FAIL", "kernels", f"torch does not load: {type(error).__name__}: {error}")
+    if not usable:
+        why = library.why_none(reasons)
+        return Finding("warn", "kernels", f"none compiled, torch does their work: {why}")
+    missing = "".join(f"; no {isa}: {reason}" for isa, reason in reasons.items())
+    text = f"compiled for {', '.join(usable)}; {usable[0]} is in use (--cpu-isa changes that){missing}"
+    if stale:
+        return Finding("FAIL", "kernels", f"{text}; they were built from other sources: run {library.BUILD}")
+    return Finding("ok", "kernels", text)
 
 
 def smoke_test() -> Finding:

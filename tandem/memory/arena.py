@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +57,21 @@ def allocate_kv(
 ) -> Tensor:
     """The KV cache as one zeroed tensor [L, 2, N, K, S, D]; zeros, because masked slots are still multiplied by 0."""
     shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
+    if device.type == "cpu":
+        return _huge_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _huge_pages(num_bytes: int) -> Tensor:
+    """Zeroed bytes in huge pages where the system grants them: blocks lie scattered, and a virtual machine takes
+    longer to look up a small page than to read the block in it."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes)
 
 
 def return_free_memory() -> None:
@@ -67,8 +83,8 @@ def return_free_memory() -> None:
 class AdapterPool:
     """The factors of the adapters in use, stacked by rank row: per layer and target a_CI and b_CO.
 
-    One matmul against the first rows of a_CI serves every adapter of a batch; a 0/1 mask keeps them apart.
-    Rows that nobody wrote are zero.
+    One matmul against the first rows of a_CI serves every adapter of a batch; a mask keeps them apart.
+    Rows that nobody wrote are zero. `generation` changes when stacks move to other memory.
     """
 
     def __init__(
@@ -79,6 +95,7 @@ class AdapterPool:
         self.dtype = dtype
         self.device = device
         self.capacity = 0
+        self.generation = 0
         self._layers: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(num_layers)]
 
     @property
@@ -90,6 +107,7 @@ class AdapterPool:
         if capacity <= self.capacity:
             return
         self.capacity = capacity
+        self.generation += 1
         for layer in self._layers:
             for name, (a, b) in layer.items():
                 layer[name] = (self._grown(a), self._grown(b))
@@ -108,6 +126,7 @@ class AdapterPool:
             for name in own.keys() - layer.keys():
                 in_features, out_features = self.targets[name]
                 layer[name] = (self._empty(in_features), self._empty(out_features))
+                self.generation += 1
             for name, stacks in layer.items():
                 for stack in stacks:
                     stack[low:high] = 0

@@ -15,26 +15,40 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import pad
 
 from tandem.model.rope import RopeSpec, rope_frequencies
-from tandem.model.spec import ModelSpec, targets
+from tandem.model.spec import ModelSpec, Target, targets
 from tandem.model.weights import Weights
 from tandem.ops import Kernels
 from tandem.ops.attention import Layout, Reads
+from tandem.ops.lora import Part, Stack
 
 MIN_ROWS = 4  # from here on a row's result does not depend on how many others there are
 
 
+# Per layer, by the decoder's linear: what adapters add to it.
+LayerStacks = Sequence[Mapping[str, Stack]]
+
+
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
-    """The adapters of one batch. foreign_TR (bool) is true where rank row r is not of row t's adapter.
-
-    layers: per layer, by target name, (a_RI, b_RO), the scaling already in b.
-    """
+    """The adapters of one batch. foreign_TR (bool) is true where rank row r is not of row t's adapter."""
 
     foreign_TR: Tensor
-    layers: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+    layers: LayerStacks
+
+
+def stack_layers(layers: Sequence[Mapping[str, tuple[Tensor, Tensor]]], targets: Mapping[str, Target]) -> LayerStacks:
+    """By linear what is given by target: (a_RI, b_RO), the scaling already in b, all of the same rank."""
+    return [
+        {
+            linear: Stack([Part(targets[name].offset, *layer[name]) for name in names])
+            for linear in dict.fromkeys(targets[name].linear for name in layer)
+            if (names := [name for name in layer if targets[name].linear == linear])
+        }
+        for layer in layers
+    ]
 
 
 # cos and sin of every row's position, for each kind of rotary embedding that the model has.
@@ -55,9 +69,9 @@ class Decoder:
         self.weights = weights
         self.kernels = kernels
         self.targets = targets(spec)
-        self.dtype = weights.embedding_VD.dtype
+        self.dtype = weights.embedding.weight.dtype
         self.gated = {"silu": kernels.silu_mul, "gelu_tanh": kernels.gelu_tanh_mul}[spec.activation]
-        device = weights.embedding_VD.device
+        device = weights.embedding.weight.device
         ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
         self.frequencies = {rope: rope_frequencies(rope).to(device) for rope in ropes}
         self.windows = {layer.window for layer in spec.layers}
@@ -75,13 +89,14 @@ class Decoder:
     ) -> Tensor:
         """Hidden states after the final norm, [T, D]. Keys and values of all rows are written to `caches`, one per
         layer, [2, num_blocks, K, block_size, head_dim]. T is at least 4, padding included."""
-        reads = {w: self.kernels.prepare_attention(layout, caches[0], w) for w in self.windows}
+        groups = self.spec.num_heads // self.spec.num_kv_heads
+        reads = {w: self.kernels.prepare_attention(layout, caches[0], w, groups) for w in self.windows}
         angles = self.angles(layout.positions_T)
         x_TD = self.embed(tokens_T)
         for index, cache in enumerate(caches):
             if record is not None:
                 record(index, "input", x_TD)
-            project = partial(self._project, index, _of_layer(lora, index), record)
+            project = partial(self._project, index, lora, record)
             x_TD = self.layer(index, x_TD, angles, project, partial(self._attend, index, cache, layout, reads))
         if record is not None:
             record(len(caches), "input", x_TD)
@@ -89,7 +104,7 @@ class Decoder:
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Input of the first layer, [T, D]."""
-        x_TD = embedding(tokens_T, self.weights.embedding_VD)
+        x_TD = self.kernels.embed(tokens_T, self.weights.embedding)
         return x_TD if self.embedding_scale is None else x_TD * self.embedding_scale
 
     def angles(self, positions_T: Tensor) -> Angles:
@@ -154,22 +169,13 @@ class Decoder:
             scale=self.spec.query_scale, window=window, softcap=self.spec.attn_softcap, reads=reads[window],
         )  # fmt: skip
 
-    def _project(self, index: int, lora: _LayerLora, record: Record | None, name: str, x_TI: Tensor) -> Tensor:
-        y_TO = self.kernels.linear(x_TI, getattr(self.weights.layers[index], name))
-        if lora is not None:
-            foreign_TR, factors = lora
-            for module, (a_RI, b_RO) in factors.items():
-                target = self.targets[module]
-                if target.linear == name:
-                    part = y_TO[:, target.offset : target.offset + target.out_features]
-                    self.kernels.lora(part, x_TI, a_RI, b_RO, foreign_TR)
+    def _project(self, index: int, lora: LoraBatch | None, record: Record | None, name: str, x_TI: Tensor) -> Tensor:
+        weight = getattr(self.weights.layers[index], name)
+        stack = None if lora is None else lora.layers[index].get(name)
+        if lora is None or stack is None:
+            y_TO = self.kernels.linear(x_TI, weight)
+        else:
+            y_TO, _ = self.kernels.adapted(x_TI, weight, stack, lora.foreign_TR)
         if record is not None:
             record(index, name, y_TO)
         return y_TO
-
-
-_LayerLora = tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]] | None
-
-
-def _of_layer(lora: LoraBatch | None, index: int) -> _LayerLora:
-    return None if lora is None or not lora.layers[index] else (lora.foreign_TR, lora.layers[index])

@@ -19,7 +19,7 @@ from torch import Tensor
 from tandem import ops
 from tandem.errors import ConfigError
 from tandem.model.decoder import Decoder
-from tandem.model.gradients import Buffers, DenseLayer, Factors, Microbatch, TrainSequence, logits
+from tandem.model.gradients import Buffers, DenseLayer, LayerFactors, Microbatch, TrainSequence, layer_factors, logits
 from tandem.model.spec import load_spec, targets
 from tandem.model.weights import load_weights
 
@@ -179,22 +179,24 @@ def _ours(decoder: Decoder, ids_N: Tensor, rank: int, window: int) -> tuple[int,
     return inputs[top].nbytes, most
 
 
-def _factors(decoder: Decoder, rank: int) -> list[dict[str, list[tuple[str, Factors]]]]:
-    layers: list[dict[str, list[tuple[str, Factors]]]] = []
-    for _ in range(LAYERS):
-        by_linear: dict[str, list[tuple[str, Factors]]] = {}
-        for name, target in targets(decoder.spec).items():
-            a_RI = torch.zeros(rank, target.in_features, dtype=decoder.dtype)
-            b_RO = torch.zeros(rank, target.out_features, dtype=decoder.dtype)
-            made = Factors(target.offset, a_RI, b_RO, a_RI.float(), b_RO.float(), 2.0)
-            by_linear.setdefault(target.linear, []).append((name, made))
-        layers.append(by_linear)
-    return layers
+def _factors(decoder: Decoder, rank: int) -> LayerFactors:
+    found = targets(decoder.spec)
+    layers, gradients = (
+        [
+            {
+                name: tuple(torch.zeros(rank, n, dtype=dtype) for n in (target.in_features, target.out_features))
+                for name, target in found.items()
+            }
+            for _ in range(LAYERS)
+        ]
+        for dtype in (decoder.dtype, torch.float32)
+    )
+    return layer_factors(layers, gradients, found, 2.0)
 
 
 def _plain_weights(decoder: Decoder) -> Iterator[Tensor]:
     """Tensors that are there whether one trains or not."""
-    yield decoder.weights.embedding_VD
+    yield decoder.weights.embedding.weight
     yield decoder.weights.final_norm_D
     for layer in decoder.weights.layers:
         for norm in (layer.input_norm, layer.pre_mlp_norm, layer.post_attention_norm, layer.post_mlp_norm,

@@ -11,60 +11,54 @@ linear, R rank, H query heads, K key/value heads, C features of a head, B sequen
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tandem.model.decoder import Angles, Decoder
-from tandem.ops import linear
-from tandem.ops.attention import causal_attention
+from tandem.model.decoder import Angles, Decoder, stack_layers
+from tandem.model.spec import Target
+from tandem.ops import Kernels
+from tandem.ops.attention import Span
 from tandem.ops.linear import LinearWeight
+from tandem.ops.lora import Part, Stack
 
 # What a layer's recomputation can take from the forward pass, beside its input.
 KEPT = ("qkv", "o", "gate_up")
-# Padding sequences to one length may at most double the work of attention.
-PADDING = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What one adapter adds to one target: y[:, offset : offset + O] += x @ a.T @ b, the scaling already in b.
+    """What one adapter adds to one linear: for each target in `names` a part of `stack`, and the float32 gradients of
+    a and b without the scaling, as PEFT has them."""
 
-    The float32 gradients are of the factors without the scaling, as PEFT has them.
-    """
-
-    offset: int
-    a_RI: Tensor
-    b_RO: Tensor
-    grad_a_RI: Tensor
-    grad_b_RO: Tensor
+    names: tuple[str, ...]
+    stack: Stack
+    gradients: tuple[tuple[Tensor, Tensor], ...]
     scaling: float
 
-    def add(self, y_TO: Tensor, x_TI: Tensor) -> None:
-        self._part(y_TO).addmm_(x_TI @ self.a_RI.T, self.b_RO)
 
-    def backward(self, grad_x_TI: Tensor, grad_y_TO: Tensor, x_TI: Tensor, mask_TI: Tensor | None) -> None:
-        """Add to the gradients of the factors and of the input, which `mask_TI` stands before."""
-        grad_TO = self._part(grad_y_TO)
-        if mask_TI is not None:
-            x_TI = x_TI * mask_TI
-        grad_hidden_TR = grad_TO @ self.b_RO.T
-        self.grad_b_RO.add_((x_TI @ self.a_RI.T).T @ grad_TO, alpha=self.scaling)
-        self.grad_a_RI.add_(grad_hidden_TR.T @ x_TI)
-        if mask_TI is None:
-            grad_x_TI.addmm_(grad_hidden_TR, self.a_RI)
-        else:
-            grad_x_TI.addcmul_(grad_hidden_TR @ self.a_RI, mask_TI)
-
-    def _part(self, y_TO: Tensor) -> Tensor:
-        return y_TO[:, self.offset : self.offset + self.b_RO.shape[1]]
+# By layer, by the decoder's linear.
+LayerFactors = Sequence[Mapping[str, Factors]]
 
 
-# By layer, by the decoder's linear: the target's name and its factors.
-LayerFactors = Sequence[Mapping[str, Sequence[tuple[str, Factors]]]]
+def layer_factors(
+    layers: Sequence[Mapping[str, tuple[Tensor, Tensor]]],
+    gradients: Sequence[Mapping[str, tuple[Tensor, Tensor]]],
+    targets: Mapping[str, Target],
+    scaling: float,
+) -> LayerFactors:
+    """By linear what is given by target: (a_RI, b_RO), the scaling in b, and their gradients."""
+    found = []
+    for layer, gradient, stacks in zip(layers, gradients, stack_layers(layers, targets), strict=True):
+        by_linear = {}
+        for linear, stack in stacks.items():
+            names = tuple(name for name in layer if targets[name].linear == linear)
+            by_linear[linear] = Factors(names, stack, tuple(gradient[name] for name in names), scaling)
+        found.append(by_linear)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +92,7 @@ class DenseLayer:
             self._index = index
         if name not in self._dense:
             weights = self._decoder.weights
-            self._dense[name] = linear.unpack(
+            self._dense[name] = self._decoder.kernels.unpack(
                 weights.lm_head if index == len(weights.layers) else getattr(weights.layers[index], name)
             )
         return self._dense[name]
@@ -250,10 +244,8 @@ class Microbatch:
             self._forget(layer)
 
     def _project(self, layer: int, start: int, stop: int, name: str, x_TI: Tensor) -> Tensor:
-        y_TO = self.decoder.kernels.linear(x_TI, getattr(self.decoder.weights.layers[layer], name))
-        for low, high, factors, mask_TI in self._parts(layer, start, stop, name, x_TI):
-            x_part = x_TI[low:high] if mask_TI is None else x_TI[low:high] * mask_TI
-            factors.add(y_TO[low:high], x_part)
+        weight = getattr(self.decoder.weights.layers[layer], name)
+        y_TO, _ = _multiply(self.decoder.kernels, x_TI, weight, self._adapters(layer, start, stop, name, x_TI))
         self.take(layer, name, start, y_TO)
         return y_TO
 
@@ -266,24 +258,55 @@ class Microbatch:
             saved_TO = self._kept[layer, name][start:stop]
         elif name == "down" and weights.post_mlp_norm is None:
             saved_TO = x_TI.new_empty(len(x_TI), weight.out_features)  # only its gradient is of use
-        parts = self._parts(layer, start, stop, name, x_TI)
+        adapters = self._adapters(layer, start, stop, name, x_TI)
         return _AdaptedLinear.apply(
-            x_TI, saved_TO, parts, weight, self.decoder.kernels.linear, partial(self._dense.weight, layer, name)
+            x_TI, saved_TO, adapters, weight, self.decoder.kernels, partial(self._dense.weight, layer, name)
         )
 
-    def _parts(self, layer: int, start: int, stop: int, name: str, x_TI: Tensor) -> list[_Part]:
-        """The adapters' factors for rows of a window; neighbours with the same adapter go together."""
-        parts: list[_Part] = []
+    def _adapters(self, layer: int, start: int, stop: int, name: str, x_TI: Tensor) -> _Adapters | None:
+        """The adapters of a window's rows; neighbours with the same one go together."""
+        owners: list[_Owner] = []
+        masked: list[tuple[TrainSequence, int, int]] = []
+        first_rows: dict[int, int] = {}  # factors -> their first rank row
+        rank = 0
         for s in self._overlapping(start, stop):
+            factors = s.factors[layer].get(name)
+            if factors is None:
+                continue
             low, high = max(s.start, start) - start, min(s.stop, stop) - start
-            for target, factors in s.factors[layer].get(name, ()):
-                mask_TI = None
-                if s.dropout:
-                    mask_TI = dropout_mask(
-                        s.dropout, (s.dropout_key, layer, target), max(s.start, start) - s.start, high - low, x_TI
-                    )
-                parts.append((low, high, factors, mask_TI))
-        return _merged(parts)
+            if id(factors) not in first_rows:
+                first_rows[id(factors)] = rank
+                rank += factors.stack.rank
+            if owners and owners[-1].factors is factors and owners[-1].high == low:
+                owners[-1] = replace(owners[-1], high=high)
+            else:
+                owners.append(_Owner(low, high, first_rows[id(factors)], factors))
+            if s.dropout:
+                masked.append((s, low, high))
+        if not owners:
+            return None
+        names = tuple(dict.fromkeys(target for o in owners for target in o.factors.names))
+        masks = self._masks(layer, start, names, masked, x_TI) if masked else None
+        if len(owners) == 1 and owners[0].high - owners[0].low == len(x_TI):
+            return _Adapters(names, owners[0].factors.stack, None, masks, owners)
+        foreign_TR = torch.ones(len(x_TI), rank, dtype=torch.bool, device=x_TI.device)
+        for o in owners:
+            foreign_TR[o.low : o.high, o.first : o.first + o.factors.stack.rank] = False
+        distinct = {id(o.factors): o.factors for o in owners}
+        return _Adapters(names, _together(list(distinct.values()), names), foreign_TR, masks, owners)
+
+    def _masks(
+        self, layer: int, start: int, names: Sequence[str], masked: list[tuple[TrainSequence, int, int]], x_TI: Tensor
+    ) -> list[Tensor]:
+        masks = []
+        for target in names:
+            mask_TI = torch.ones_like(x_TI)
+            for s, low, high in masked:
+                at = max(s.start, start) - s.start
+                key = (s.dropout_key, layer, target)
+                mask_TI[low:high] = dropout_mask(s.dropout, key, at, high - low, x_TI)
+            masks.append(mask_TI)
+        return masks
 
     # ------------------------------------------------------------ attention
 
@@ -300,7 +323,7 @@ class Microbatch:
         """Attention of a window's sequences; `traces` gets the window's keys and values, then the earlier ones."""
         traces.append((k_TKC, v_TKC))
         attend = partial(
-            causal_attention,
+            self.decoder.kernels.causal_attention,
             scale=self.decoder.spec.query_scale,
             window=self.decoder.spec.layers[layer].window,
             softcap=self.decoder.spec.attn_softcap,
@@ -310,23 +333,16 @@ class Microbatch:
         if first.start == start:
             if not torch.is_grad_enabled() and self._cuts(stop):
                 self._remember(layer, start, k_TKC, v_TKC)
-            return _attend_all(q_THC, k_TKC, v_TKC, ranges, attend)
+            return attend(q_THC, k_TKC, v_TKC, [Span(low, high, low, high) for low, high in ranges])
         earlier_k, earlier_v = self._earlier(layer, first, start)
         if torch.is_grad_enabled():
             earlier_k, earlier_v = earlier_k.detach().requires_grad_(), earlier_v.detach().requires_grad_()
             traces.append((earlier_k, earlier_v))
         else:
             self._remember(layer, start, k_TKC, v_TKC)
-        high = ranges[0][1]
-        head_THC = attend(
-            q_THC[None, :high],
-            torch.cat((earlier_k, k_TKC[:high]))[None],
-            torch.cat((earlier_v, v_TKC[:high]))[None],
-        )[0]
-        if len(ranges) == 1:
-            return head_THC
-        rest = [(low - high, end - high) for low, end in ranges[1:]]
-        return torch.cat((head_THC, _attend_all(q_THC[high:], k_TKC[high:], v_TKC[high:], rest, attend)))
+        past = start - first.start
+        spans = [Span(low, high, low + past if low else 0, high + past) for low, high in ranges]
+        return attend(q_THC, torch.cat((earlier_k, k_TKC)), torch.cat((earlier_v, v_TKC)), spans)
 
     def _earlier(self, layer: int, sequence: TrainSequence, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a sequence's rows before `stop`, computed again unless they are at hand."""
@@ -409,7 +425,62 @@ class Microbatch:
         return any(s.start < stop < s.stop for s in self.sequences)
 
 
-_Part = tuple[int, int, Factors, Tensor | None]
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """Rows low:high of a window and rank rows from `first` on belong to these factors."""
+
+    low: int
+    high: int
+    first: int
+    factors: Factors
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapters:
+    """All adapters of one linear over one window, their targets `names` as parts of one stack."""
+
+    names: tuple[str, ...]
+    stack: Stack
+    foreign_TR: Tensor | None
+    masks: list[Tensor] | None
+    owners: list[_Owner]
+
+    def learn(self, kernels: Kernels, x_TI: Tensor, grad_TO: Tensor, h_PTR: Tensor, grad_PTR: Tensor) -> None:
+        """Add to the gradients of the factors, given those of y and of h."""
+        for place, (name, part) in enumerate(zip(self.names, self.stack.parts, strict=True)):
+            columns = slice(part.offset, part.offset + part.b_RW.shape[1])
+            inputs_TI = x_TI if self.masks is None else x_TI * self.masks[place]
+            for o in self.owners:
+                if name not in o.factors.names:
+                    continue
+                grad_a_RI, grad_b_RW = o.factors.gradients[o.factors.names.index(name)]
+                rows, ranks = slice(o.low, o.high), slice(o.first, o.first + o.factors.stack.rank)
+                scaling = o.factors.scaling
+                kernels.factor_gradient(h_PTR[place, rows, ranks], grad_TO[rows, columns], scaling, grad_b_RW)
+                kernels.factor_gradient(grad_PTR[place, rows, ranks], inputs_TI[rows], 1.0, grad_a_RI)
+
+
+def _together(several: Sequence[Factors], names: Sequence[str]) -> Stack:
+    """One stack of several adapters' factors, one after the other; zero where one has no such target."""
+    parts = []
+    for name in names:
+        found = [
+            f.stack.parts[f.names.index(name)] if name in f.names else None for f in several
+        ]  # fmt: skip
+        like = next(part for part in found if part is not None)
+        ranks = [f.stack.rank for f in several]
+        a = [like.a_RI.new_zeros(r, like.a_RI.shape[1]) if p is None else p.a_RI for p, r in zip(found, ranks)]
+        b = [like.b_RW.new_zeros(r, like.b_RW.shape[1]) if p is None else p.b_RW for p, r in zip(found, ranks)]
+        parts.append(Part(like.offset, torch.cat(a), torch.cat(b)))
+    return Stack(parts)
+
+
+def _multiply(
+    kernels: Kernels, x_TI: Tensor, weight: LinearWeight, adapters: _Adapters | None
+) -> tuple[Tensor, Tensor | None]:
+    if adapters is None:
+        return kernels.linear(x_TI, weight), None
+    return kernels.adapted(x_TI, weight, adapters.stack, adapters.foreign_TR, adapters.masks)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -420,28 +491,30 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any,
         x_TI: Tensor,
         saved_TO: Tensor | None,
-        parts: list[_Part],
+        adapters: _Adapters | None,
         weight: LinearWeight,
-        multiply: Callable[[Tensor, LinearWeight], Tensor],
+        kernels: Kernels,
         dense: Callable[[], Tensor],
     ) -> Tensor:
         ctx.save_for_backward(x_TI)
-        ctx.parts, ctx.dense = parts, dense
+        ctx.adapters, ctx.weight, ctx.kernels, ctx.dense, ctx.h_PTR = adapters, weight, kernels, dense, None
         if saved_TO is not None:
             return saved_TO.view_as(saved_TO)
-        y_TO = multiply(x_TI, weight)
-        for low, high, factors, mask_TI in parts:
-            factors.add(y_TO[low:high], x_TI[low:high] if mask_TI is None else x_TI[low:high] * mask_TI)
+        y_TO, ctx.h_PTR = _multiply(kernels, x_TI, weight, adapters)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TO,) = gradients
         (x_TI,) = ctx.saved_tensors
-        grad_TO = grad_TO.contiguous()
-        grad_TI = grad_TO @ ctx.dense()
-        for low, high, factors, mask_TI in ctx.parts:
-            factors.backward(grad_TI[low:high], grad_TO[low:high], x_TI[low:high], mask_TI)
+        a: _Adapters | None = ctx.adapters
+        kernels: Kernels = ctx.kernels
+        if a is None:
+            grad_TI, _ = kernels.adapted_gradient(grad_TO, ctx.weight, None, None, ctx.dense)
+            return grad_TI, None, None, None, None, None
+        grad_TI, grad_PTR = kernels.adapted_gradient(grad_TO, ctx.weight, a.stack, a.foreign_TR, ctx.dense, a.masks)
+        h_PTR = kernels.hidden(x_TI, a.stack, a.foreign_TR, a.masks) if ctx.h_PTR is None else ctx.h_PTR
+        a.learn(kernels, x_TI, grad_TO, h_PTR, grad_PTR)
         return grad_TI, None, None, None, None, None
 
 
@@ -449,50 +522,11 @@ def logits(decoder: Decoder, dense: DenseLayer, x_MD: Tensor) -> Tensor:
     """float32 logits [M, V] of the last layer's output, differentiable."""
     head = decoder.weights.lm_head
     logits_MV = _AdaptedLinear.apply(
-        decoder.norm(x_MD, decoder.weights.final_norm_D), None, [], head, decoder.kernels.linear,
+        decoder.norm(x_MD, decoder.weights.final_norm_D), None, None, head, decoder.kernels,
         partial(dense.weight, len(decoder.weights.layers), "lm_head"),
     ).float()  # fmt: skip
     cap = decoder.spec.final_softcap
     return logits_MV if cap is None else decoder.kernels.softcap(logits_MV, cap)
-
-
-def _merged(parts: list[_Part]) -> list[_Part]:
-    merged: list[_Part] = []
-    open_parts: dict[int, int] = {}  # factors -> place in `merged`
-    for low, high, factors, mask_TI in parts:
-        place = open_parts.get(id(factors))
-        if place is not None and mask_TI is None and merged[place][1] == low:
-            merged[place] = (merged[place][0], high, factors, None)
-        else:
-            open_parts[id(factors)] = len(merged)
-            merged.append((low, high, factors, mask_TI))
-    return merged
-
-
-def _attend_all(
-    q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, ranges: Sequence[tuple[int, int]], attend: Callable[..., Tensor]
-) -> Tensor:
-    """Attention of whole sequences, rows low:high each; padded to one length where that costs little."""
-    lengths = [high - low for low, high in ranges]
-    longest = max(lengths)
-    if len(ranges) == 1:
-        return attend(q_THC[None], k_TKC[None], v_TKC[None])[0]
-    if len(ranges) * longest**2 <= PADDING * sum(length**2 for length in lengths):
-        if min(lengths) == longest:
-            shape = (len(ranges), longest)
-            out = attend(*(t.unflatten(0, shape) for t in (q_THC, k_TKC, v_TKC)))
-            return out.flatten(0, 1)
-        # A short sequence's padding repeats its last row: it comes after all real ones, and is dropped.
-        columns = torch.arange(longest, device=q_THC.device)
-        starts = torch.tensor([low for low, _ in ranges], device=q_THC.device)
-        ends = torch.tensor([high - 1 for _, high in ranges], device=q_THC.device)
-        rows_BL = torch.minimum(starts[:, None] + columns, ends[:, None])
-        real_N = (columns <= (ends - starts)[:, None]).flatten().nonzero()[:, 0]
-        padded = (t.index_select(0, rows_BL.flatten()).unflatten(0, rows_BL.shape) for t in (q_THC, k_TKC, v_TKC))
-        return attend(*padded).flatten(0, 1).index_select(0, real_N)
-    return torch.cat([
-        attend(q_THC[None, low:high], k_TKC[None, low:high], v_TKC[None, low:high])[0] for low, high in ranges
-    ])  # fmt: skip
 
 
 def dropout_mask(rate: float, key: tuple[int, int, str], position: int, length: int, like_TI: Tensor) -> Tensor:

@@ -10,13 +10,16 @@ in one block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 SCRATCH_BYTES = 8 * 2**20  # keys and values gathered at once: not much more than a cache holds
+PADDING = 2.0  # padding sequences to one length may at most double the work
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,23 @@ class Layout:
     chunks: tuple[Chunk, ...]
 
 
+class Span(NamedTuple):
+    """A sequence in training: query rows start:stop, key rows first_key:last_key, the queries being the last."""
+
+    start: int
+    stop: int
+    first_key: int
+    last_key: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def num_keys(self) -> int:
+        return self.last_key - self.first_key
+
+
 @dataclass(frozen=True, slots=True)
 class SingleGroup:
     """Singles that read equally many blocks: their rows, the half blocks to gather, which positions count."""
@@ -88,8 +108,9 @@ class Reads:
     scratch_NE: Tensor
 
 
-def prepare_attention(layout: Layout, cache: Tensor, window: int | None = None) -> Reads:
-    """What every layer does whose window is `window` and whose cache has the shape and dtype of `cache`."""
+def prepare_attention(layout: Layout, cache: Tensor, window: int | None = None, groups: int = 1) -> Reads:
+    """What every layer does whose window is `window` and whose cache has the shape and dtype of `cache`. `groups` is
+    the number of query heads per key/value head; here it does not matter."""
     _, _, num_kv_heads, block_size, head_dim = cache.shape
     heads_K = torch.arange(num_kv_heads, device=cache.device)
     half_blocks_TK = (layout.slots_T // block_size)[:, None] * num_kv_heads + heads_K
@@ -156,18 +177,72 @@ def attention(
 
 
 def causal_attention(
-    q_BTHC: Tensor, k_BLKC: Tensor, v_BLKC: Tensor, *, scale: float, window: int | None, softcap: float | None
+    q_THD: Tensor,
+    k_LKD: Tensor,
+    v_LKD: Tensor,
+    spans: Sequence[Span],
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
-    """Attention of the last T of L positions of B sequences to their own keys, [B, T, H, C]. Differentiable.
+    """Attention of sequences to their own keys, [T, H, D], without a cache: what training uses. Differentiable.
 
-    No cache: what training uses. `window` and `softcap` as in `attention`.
+    Spans follow each other and cover all rows; the queries of one are the last of its keys. `window` and `softcap` as
+    in `attention`.
     """
-    batch, length, num_heads, head_dim = q_BTHC.shape
-    num_keys, num_kv_heads = k_BLKC.shape[1:3]
+    parts, alike = [], [span for span in spans if span.num_keys == span.length]
+    if len(alike) != len(spans):
+        first = spans[0]
+        assert alike == list(spans[1:]), "only the first sequence has earlier keys"
+        q, k, v = q_THD[: first.stop], k_LKD[: first.last_key], v_LKD[: first.last_key]
+        parts.append(_attend_equal(q[None], k[None], v[None], scale, window, softcap)[0])
+    if alike:
+        q, k, v = q_THD[alike[0].start :], k_LKD[alike[0].first_key :], v_LKD[alike[0].first_key :]
+        lengths = [span.length for span in alike]
+        parts.append(_attend_whole(q, k, v, lengths, scale, window, softcap))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_whole(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Whole sequences one after the other; padded to one length where that costs little."""
+    longest, number = max(lengths), len(lengths)
+    if number * longest**2 <= PADDING * sum(length**2 for length in lengths):
+        if min(lengths) == longest:
+            shape = (number, longest)
+            q, k, v = (t.unflatten(0, shape) for t in (q_THD, k_TKD, v_TKD))
+            return _attend_equal(q, k, v, scale, window, softcap).flatten(0, 1)
+        # A short sequence's padding repeats its last row: it comes after all real ones, and is dropped.
+        columns = torch.arange(longest, device=q_THD.device)
+        ends = torch.tensor(lengths, device=q_THD.device).cumsum(0) - 1
+        starts = ends + 1 - torch.tensor(lengths, device=q_THD.device)
+        rows_BL = torch.minimum(starts[:, None] + columns, ends[:, None])
+        real_N = (columns <= (ends - starts)[:, None]).flatten().nonzero()[:, 0]
+        q, k, v = (t.index_select(0, rows_BL.flatten()).unflatten(0, rows_BL.shape) for t in (q_THD, k_TKD, v_TKD))
+        return _attend_equal(q, k, v, scale, window, softcap).flatten(0, 1).index_select(0, real_N)
+    cut = [t.split(list(lengths)) for t in (q_THD, k_TKD, v_TKD)]
+    each = zip(*cut, strict=True)
+    return torch.cat([_attend_equal(q[None], k[None], v[None], scale, window, softcap)[0] for q, k, v in each])
+
+
+def _attend_equal(
+    q_BTHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """The last T of L positions of B sequences, [B, T, H, D]."""
+    batch, length, num_heads, head_dim = q_BTHD.shape
+    num_keys, num_kv_heads = k_BLKD.shape[1:3]
     groups = num_heads // num_kv_heads
-    q = q_BTHC.view(batch, length, num_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4).flatten(0, 1)
-    k = k_BLKC.transpose(1, 2).flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
-    v = v_BLKC.transpose(1, 2).flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
+    q = q_BTHD.view(batch, length, num_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    k = k_BLKD.transpose(1, 2).flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
+    v = v_BLKD.transpose(1, 2).flatten(0, 1)[:, None].expand(-1, groups, -1, -1)
     is_plain = length == num_keys and (window is None or num_keys <= window)
     mask = None
     if not is_plain:

@@ -12,22 +12,26 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from torch.nn.functional import linear as dense_linear
 
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
-    """The weight of one linear layer. `weight` is [out_features, in_features], or its oneDNN-packed form."""
+    """The weight of one linear layer. `weight` is [out_features, in_features], or packed: oneDNN's form, tiles
+    (`ops/cpu/linear.py`), or the bytes of int8 and int4 weights (`ops/quant.py`)."""
 
     in_features: int
     out_features: int
     bias: Tensor | None
     weight: Tensor
-    format: Literal["plain", "onednn"]
+    format: Literal["plain", "onednn", "tiles", "int8", "int4"]
 
     @property
     def nbytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.nbytes
+        if self.format in ("int8", "int4"):
+            return self.weight.nbytes + bias
         return self.in_features * self.out_features * self.weight.dtype.itemsize + bias
 
 
@@ -58,6 +62,11 @@ def linear(x_TI: Tensor, w: LinearWeight) -> Tensor:
     if w.format == "onednn":
         return torch.ops.mkldnn._linear_pointwise(x_TI, w.weight, w.bias, "none", [], "")
     return dense_linear(x_TI, w.weight, w.bias)
+
+
+def embed(ids_T: Tensor, w: LinearWeight) -> Tensor:
+    """Rows `ids_T` (int64) of the weight, [T, I]: a token embedding, which may be the head's weight too."""
+    return embedding(ids_T, w.weight)
 
 
 def unpack(w: LinearWeight) -> Tensor:

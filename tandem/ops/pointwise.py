@@ -28,6 +28,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor:
     return functional.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool
+) -> tuple[Tensor, Tensor]:
+    """x + residual, and its `rms_norm`."""
+    total_TD = x_TD + residual_TD
+    return total_TD, rms_norm(total_TD, weight_D, eps, plus_one)
+
+
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate the first R features of every head; feature i turns with feature i + R/2. The others pass through.
 
@@ -40,6 +48,31 @@ def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         return _rotate(x_THD, cos_T1R, sin_T1R)
     rotated = _rotate(x_THD[..., :num_rotated], cos_T1R, sin_T1R)
     return torch.cat((rotated, x_THD[..., num_rotated:]), -1)
+
+
+def norm_rope(
+    x_THD: Tensor,
+    num_queries: int,
+    query_D: Tensor | None,
+    key_D: Tensor | None,
+    angles: tuple[Tensor, Tensor] | None,
+    eps: float,
+    plus_one: bool,
+    in_place: bool = False,
+) -> Tensor:
+    """Queries, then keys, normed with their own weights and rotated; what is None is left out.
+
+    `in_place` writes the result over x, for a caller that needs x no more and no gradient.
+    """
+    y_THD = x_THD
+    if query_D is not None and key_D is not None:
+        q_THD, k_THD = x_THD[:, :num_queries], x_THD[:, num_queries:]
+        y_THD = torch.cat((rms_norm(q_THD, query_D, eps, plus_one), rms_norm(k_THD, key_D, eps, plus_one)), 1)
+    if angles is not None:
+        y_THD = rope(y_THD, *angles)
+    if in_place:
+        return x_THD if y_THD is x_THD else x_THD.copy_(y_THD)
+    return y_THD
 
 
 def rope_angles(positions_T: Tensor, frequencies_F: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -66,6 +99,41 @@ def gelu_tanh_mul(gate_up_T2I: Tensor) -> Tensor:
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap)."""
     return cap * torch.tanh(x / cap)
+
+
+def cross_entropy_(
+    logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor | None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """-log p of every row's target in float32, and whether it is the (first of the) likeliest, as bool: [M] each.
+
+    With weights, the logits become the gradient of sum(weight * nll) with respect to them. `softcap`: p is of the
+    soft-capped logits, the gradient still of the given ones. Raises ValueError for targets that are no tokens.
+    """
+    check_targets(targets_M, logits_MV.shape[1])
+    capped_MV = logits_MV.float()
+    if softcap is not None:
+        capped_MV = softcap * torch.tanh(capped_MV / softcap)
+    nll_M = functional.cross_entropy(capped_MV, targets_M, reduction="none")
+    is_best_M = logits_MV.argmax(-1) == targets_M  # not of the capped ones, which may be equal to the last bit
+    if weights_M is not None:
+        grad_MV = capped_MV.softmax(-1)
+        grad_MV[torch.arange(len(targets_M)), targets_M] -= 1.0
+        grad_MV *= weights_M[:, None].float()
+        if softcap is not None:
+            grad_MV *= 1.0 - (capped_MV / softcap).square()
+        logits_MV.copy_(grad_MV)
+    return nll_M, is_best_M
+
+
+def check_targets(targets_M: Tensor, vocab: int) -> None:
+    """Raises ValueError unless all are from 0 to below `vocab`."""
+    if targets_M.dtype != torch.int64 or (len(targets_M) and not 0 <= targets_M.min() <= targets_M.max() < vocab):
+        raise ValueError(f"targets must be int64 token ids below {vocab}")
+
+
+def accumulate(total_TD: Tensor, x_TD: Tensor, scale: float = 1.0) -> None:
+    """total += x * scale, the total in float32."""
+    total_TD.add_(x_TD, alpha=scale)
 
 
 def _rotate(x_THR: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:

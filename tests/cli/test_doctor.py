@@ -74,6 +74,23 @@ def test_control_group_limits(tmp_path, name, text, expected):
     assert doctor.memory_limit(Path(tmp_path)) == expected
 
 
+def test_kernels_that_are_there_and_those_that_are_not(tmp_path, monkeypatch):
+    from tandem.ops.cpu import build, library
+
+    usable, _ = library.available()
+    finding = doctor.kernels()
+    assert finding.level == ("ok" if usable else "warn") and all(isa in finding.text for isa in usable)
+    assert not usable or f"{usable[0]} is in use" in finding.text
+    monkeypatch.setattr(build, "LIBRARIES", tmp_path)
+    finding = doctor.kernels()
+    assert finding.level == "warn" and "none compiled" in finding.text
+    monkeypatch.setattr(library, "available", lambda: (["avx2"], {"amx": "it was not built"}))
+    stale = library.Library("avx2", None, frozenset({"tandem_x"}))
+    monkeypatch.setattr(library, "open_library", lambda isa: stale)
+    finding = doctor.kernels()
+    assert finding.level == "FAIL" and "no amx: it was not built; they were built from other" in finding.text
+
+
 def test_a_taken_port_is_said():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

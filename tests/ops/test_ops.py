@@ -12,7 +12,7 @@ from torch import Tensor
 from tandem import ops
 from tandem.ops.attention import SCRATCH_BYTES, attention, attention_reference, prepare_attention
 from tandem.ops.linear import can_pack, keep_plain, linear, pack, unpack
-from tandem.ops.lora import lora
+from tandem.ops.lora import Part, Stack, add
 from tandem.ops.pointwise import gelu_tanh_mul, rms_norm, rope, rope_angles, silu_mul, softcap
 
 NUM_BLOCKS = 64
@@ -186,7 +186,7 @@ def test_lora_keeps_adapters_apart(dtype: torch.dtype) -> None:
     expected[:2, 4:11] += x[:2].float() @ a[:2].float().T @ b[:2].float()
     expected[2:4, 4:11] += x[2:4].float() @ a[2:].float().T @ b[2:].float()
     untouched = wide[4:].clone()
-    lora(wide[:, 4:11], x, a, b, foreign)
+    add(wide, x, Stack([Part(4, a, b)]), foreign)
     torch.testing.assert_close(wide.float(), expected, rtol=2e-2, atol=1e-5 if dtype == torch.float32 else 0.3)
     assert torch.equal(wide[4:], untouched)
 
@@ -198,12 +198,12 @@ def test_lora_that_overflows_stays_with_its_own_rows() -> None:
     foreign = torch.ones(4, 4, dtype=torch.bool)
     foreign[0, :2] = foreign[1, 2:] = False
     y = torch.zeros(4, 3)
-    lora(y, x, a, b, foreign)
+    add(y, x, Stack([Part(0, a, b)]), foreign)
     assert y[0].isinf().all() and torch.equal(y[1], torch.full((3,), 16.0)) and not y[2:].any()
 
 
 def test_load_names_what_it_chose() -> None:
-    assert ops.load("cpu", torch.float32).name == "torch"
+    assert ops.load("cpu", torch.float32, "torch").name == "torch"
     packed = can_pack("cpu", torch.bfloat16)
-    assert ("oneDNN" in ops.load("cpu", torch.bfloat16).name) == packed
+    assert ("oneDNN" in ops.load("cpu", torch.bfloat16, "torch").name) == packed
     assert ops.load("cuda:0", torch.bfloat16).name == "torch"

@@ -1,0 +1,520 @@
+// Linear layers in bfloat16: y = x W^T + bias, its input gradient from the same packed bytes, and LoRA inside both.
+//
+// A packed weight [N, K] is panels of 16 output columns, an even number of them, each a strip of right tiles along K
+// (`tiles.h`); what pads it is zero. LoRA comes as parts: part p adds h b to the columns offset .. offset + width, with
+// h = x a^T, zero where the rank row is foreign to the row; a is [R, K] and b is [R, width], the scaling in b.
+//
+// Shape letters as in ops/linear.py: M rows, K input and N output features, R rank rows of one part.
+
+#include <memory>
+
+#include "tiles.h"
+
+namespace tandem {
+namespace {
+
+// Up to so many strips of rows pass each panel once, as it comes from memory.
+constexpr int64_t TALL_STRIPS = 6;
+// Rows whose activations stay in the second-level cache while the weights pass by, and how much of them.
+constexpr int64_t SUPER_STRIPS = 16;
+constexpr int64_t CACHED_BYTES = 1 << 20;
+constexpr int64_t LARGEST_GROUP = 32;
+constexpr int64_t PREFETCH_BYTES = 8192;
+
+struct Part {
+    const bf16* a;
+    const bf16* b;
+    int64_t offset, width;
+};
+
+struct Lora {
+    const Part* parts;
+    int64_t num_parts, rank;
+    const uint8_t* foreign;  // [M, R], may be null: nothing is foreign
+    int64_t foreign_stride;
+
+    int64_t panels() const { return 2 * divide_up(rank, 2 * TILE_COLUMNS); }
+    int64_t steps() const { return divide_up(rank, TILE_TERMS); }
+    bool is_foreign(int64_t row, int64_t r) const { return foreign && foreign[row * foreign_stride + r]; }
+};
+
+struct Buffers {
+    Scratch activations, factors, hidden;
+};
+
+Buffers& buffers() {
+    static thread_local Buffers mine;
+    return mine;
+}
+
+Scratch& local() {
+    static thread_local Scratch mine;
+    return mine;
+}
+
+TANDEM_INLINE void multiply_strips(int64_t strips, const bf16* left, int64_t left_stride, const bf16* right,
+                                   int64_t steps, float* out, bool adds, int64_t rows, Ahead ahead) {
+    switch (strips) {
+        case 1: return multiply_tiles<1, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
+        case 2: return multiply_tiles<2, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
+        case 3: return multiply_tiles<3, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
+        case 4: return multiply_tiles<4, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
+        case 5: return multiply_tiles<5, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
+        default: return multiply_tiles<6, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
+    }
+}
+
+// One or two left strips by one or two right strips.
+TANDEM_INLINE void multiply_block(int64_t lefts, int64_t rights, const bf16* left, int64_t left_stride,
+                                  const bf16* right, int64_t right_stride, int64_t steps, float* out, bool adds,
+                                  int64_t rows, Ahead ahead) {
+    if (lefts == 2 && rights == 2) {
+        multiply_tiles<2, 2>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
+    } else if (rights == 2) {
+        multiply_tiles<1, 2>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
+    } else {
+        multiply_strips(lefts, left, left_stride, right, steps, out, adds, rows, ahead);
+    }
+}
+
+int64_t group_size(int64_t units) {
+    return std::clamp<int64_t>(units / (2 * omp_get_max_threads()), 1, LARGEST_GROUP);
+}
+
+// [steps] tiles of every strip of rows: left strips, or right ones for the way back.
+template <bool RIGHT>
+void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t terms, bf16* to) {
+    const int64_t strips = divide_up(rows, TILE_ROWS), steps = divide_up(terms, TILE_TERMS);
+    parallel_ranges(strips * steps, 512, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = i / steps * TILE_ROWS, term = i % steps * TILE_TERMS;
+            const bf16* from = x + row * stride + term;
+            if (RIGHT) pack_right(from, stride, rows - row, terms - term, to + i * TILE);
+            else pack_left(from, stride, rows - row, terms - term, to + i * TILE);
+        }
+    });
+}
+
+// The factors a of all parts as panels of 16 rank rows along K.
+void pack_factors(const Lora& lora, int64_t terms, bf16* to) {
+    const int64_t steps = divide_up(terms, TILE_TERMS), panels = lora.panels();
+    parallel_ranges(lora.num_parts * panels * steps, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t part = i / (panels * steps), r = i / steps % panels * TILE_COLUMNS, k = i % steps * TILE_TERMS;
+            pack_right(lora.parts[part].a + r * terms + k, terms, lora.rank - r, terms - k, to + i * TILE);
+        }
+    });
+}
+
+// ---------------------------------------------------------------- forward
+
+struct Forward {
+    const bf16* strips;  // x as left strips
+    int64_t rows, steps;
+    const bf16* weight;
+    int64_t columns;
+    const bf16* bias;
+    bf16* y;
+    int64_t y_stride;
+    Lora lora;
+    const bf16* hidden;  // h as left strips, part by part
+
+    int64_t num_strips() const { return divide_up(rows, TILE_ROWS); }
+
+    // The strips `first` on, `count` of them, by panel: what LoRA adds, then to y.
+    void finish(int64_t first, int64_t count, int64_t rights, int64_t panel, float* out) const {
+        for (int64_t j = 0; j < rights; ++j) add_lora(first, count, rights, panel + j, j, out);
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t j = 0; j < rights; ++j) {
+                const int64_t column = (panel + j) * TILE_COLUMNS;
+                const float* from = out + (i * rights + j) * TILE_OUT;
+                const int64_t row = (first + i) * TILE_ROWS, last = std::min(rows - row, TILE_ROWS);
+                for (int64_t r = 0; r < last; ++r) {
+                    bf16* to = y + (row + r) * y_stride + column;
+                    if (bias) {
+                        alignas(64) float with_bias[16];
+                        for (int64_t c = 0; c < std::min<int64_t>(16, columns - column); ++c)
+                            with_bias[c] = from[16 * r + c] + to_float(bias[column + c]);
+                        store_row(to, with_bias, columns - column);
+                    } else {
+                        store_row(to, from + 16 * r, columns - column);
+                    }
+                }
+            }
+        }
+    }
+
+    void add_lora(int64_t first, int64_t count, int64_t rights, int64_t panel, int64_t place, float* out) const {
+        const int64_t column = panel * TILE_COLUMNS, steps = lora.steps();
+        for (int64_t p = 0; p < lora.num_parts; ++p) {
+            const Part& part = lora.parts[p];
+            const int64_t low = std::max<int64_t>(part.offset - column, 0);
+            const int64_t high = std::min<int64_t>(part.offset + part.width - column, TILE_COLUMNS);
+            if (low >= high) continue;
+            alignas(64) bf16 factors[TILE];
+            for (int64_t step = 0; step < steps; ++step) {
+                const int64_t r = step * TILE_TERMS;
+                pack_right_rows(part.b + r * part.width + (column - part.offset), part.width, lora.rank - r, low, high,
+                                factors);
+                const bf16* left = hidden + ((p * num_strips() + first) * steps + step) * TILE;
+                for (int64_t i = 0; i < count; ++i)
+                    multiply_tiles<1, 1>(left + i * steps * TILE, 0, factors, 0, 1,
+                                         out + (i * rights + place) * TILE_OUT, true, TILE_ROWS, {});
+            }
+        }
+    }
+
+    // Few rows: every panel passes once.
+    void tall(int64_t begin, int64_t end) const {
+        const TileRegisters registers;
+        alignas(64) float out[TALL_STRIPS * TILE_OUT];
+        for (int64_t panel = begin; panel < end; ++panel) {
+            const bf16* right = weight + panel * steps * TILE;
+            const Ahead ahead{reinterpret_cast<const char*>(right) + PREFETCH_BYTES, 16};
+            multiply_strips(num_strips(), strips, steps * TILE, right, steps, out, false, rows, ahead);
+            finish(0, num_strips(), 1, panel, out);
+        }
+    }
+
+    // Many rows: pairs of panels [begin, end) by as many rows as stay in the cache, those in blocks of two strips.
+    void wide(int64_t begin, int64_t end) const {
+        const TileRegisters registers;
+        for (int64_t low = 0; low < num_strips(); low += SUPER_STRIPS) {
+            const int64_t count = std::min(SUPER_STRIPS, num_strips() - low), blocks = divide_up(count, 2);
+            const int64_t chunks = divide_up(count * steps * TILE * 2, CACHED_BYTES), per = divide_up(steps, chunks);
+            float* sums = reinterpret_cast<float*>(local().take((end - begin) * blocks * 4 * TILE_OUT * 4));
+            for (int64_t at = 0; at < steps; at += per) {
+                const int64_t length = std::min(per, steps - at);
+                for (int64_t pair = begin; pair < end; ++pair) {
+                    const int64_t rights = (2 * pair + 1) * TILE_COLUMNS < columns ? 2 : 1;
+                    const bf16* right = weight + (2 * pair * steps + at) * TILE;
+                    for (int64_t block = 0; block < blocks; ++block) {
+                        const int64_t first = low + 2 * block, lefts = std::min<int64_t>(2, low + count - first);
+                        float* out = sums + ((pair - begin) * blocks + block) * 4 * TILE_OUT;
+                        multiply_block(lefts, rights, strips + (first * steps + at) * TILE, steps * TILE, right,
+                                       steps * TILE, length, out, at > 0, lefts * TILE_ROWS,
+                                       next(pair, end, at, length, low, block, blocks));
+                        if (at + length == steps) finish(first, lefts, rights, 2 * pair, out);
+                    }
+                }
+            }
+        }
+    }
+
+    // The next pair's panels come into the cache while this one is used, a share with every block.
+    Ahead next(int64_t pair, int64_t end, int64_t at, int64_t length, int64_t low, int64_t block, int64_t blocks) const {
+        if (pair + 1 >= end || low > 0) return {};
+        const int64_t half = divide_up(blocks, 2), panel = 2 * (pair + 1) + (block >= half);
+        const int64_t lines = divide_up(16, half), place = block >= half ? block - half : block;
+        const bf16* from = weight + (panel * steps + at) * TILE;
+        return {reinterpret_cast<const char*>(from) + place * lines * 64 * length, lines};
+    }
+
+    // h of part p, rank rows 16 * panel on, strips first and (count 2) first + 1.
+    void hide(int64_t p, int64_t panel, int64_t first, int64_t count, const bf16* factors, bf16* hidden_out,
+              bf16* h) const {
+        alignas(64) float out[2 * TILE_OUT];
+        multiply_strips(count, strips + first * steps * TILE, steps * TILE,
+                        factors + (p * lora.panels() + panel) * steps * TILE, steps, out, false, count * TILE_ROWS, {});
+        for (int64_t i = 0; i < count; ++i) {
+            bf16* tile = hidden_out + (((p * num_strips() + first + i) * lora.steps()) + panel / 2) * TILE;
+            for (int64_t m = 0; m < TILE_ROWS; ++m) {
+                const int64_t row = (first + i) * TILE_ROWS + m;
+                for (int64_t c = 0; c < TILE_COLUMNS; ++c) {
+                    const int64_t r = panel * TILE_COLUMNS + c;
+                    const bool counts = row < rows && r < lora.rank && !lora.is_foreign(row, r);
+                    const bf16 value = counts ? to_bf16(out[i * TILE_OUT + 16 * m + c]) : bf16{0};
+                    tile[32 * m + panel % 2 * TILE_COLUMNS + c] = value;
+                    if (h && row < rows && r < lora.rank) h[(p * rows + row) * lora.rank + r] = value;
+                }
+            }
+        }
+    }
+
+    void run() const {
+        const int64_t panels = divide_up(columns, TILE_COLUMNS);
+        if (num_strips() <= TALL_STRIPS && num_strips() * steps * TILE * 2 <= CACHED_BYTES) {
+            const int64_t group = group_size(panels);
+            parallel_tasks(divide_up(panels, group), [&](int64_t task) {
+                tall(task * group, std::min(panels, (task + 1) * group));
+            });
+        } else {
+            const int64_t pairs = divide_up(panels, 2), group = group_size(pairs);
+            parallel_tasks(divide_up(pairs, group), [&](int64_t task) {
+                wide(task * group, std::min(pairs, (task + 1) * group));
+            });
+        }
+    }
+};
+
+// ---------------------------------------------------------------- backward
+
+struct Backward {
+    const bf16* strips;  // the gradient of y as right strips along the columns
+    int64_t rows, steps; // steps along the columns
+    const bf16* weight;
+    int64_t terms;       // K
+    bf16* gx;
+    int64_t gx_stride;
+    Lora lora;
+    const bf16* factors;  // a as panels
+    const bf16* hidden;   // the gradient of h as right strips, part by part
+
+    int64_t num_strips() const { return divide_up(rows, TILE_COLUMNS); }
+    int64_t weight_steps() const { return divide_up(terms, TILE_TERMS); }
+
+    // Units [begin, end): 32 terms of the weight each.
+    void run_units(int64_t begin, int64_t end) const {
+        const TileRegisters registers;
+        for (int64_t low = 0; low < num_strips(); low += SUPER_STRIPS) {
+            const int64_t count = std::min(SUPER_STRIPS, num_strips() - low), blocks = divide_up(count, 2);
+            const int64_t chunks = divide_up(count * steps * TILE * 2, CACHED_BYTES), per = divide_up(steps, chunks);
+            const int64_t out_bytes = (end - begin) * blocks * 4 * TILE_OUT * 4;
+            char* memory = local().take(out_bytes + 2 * per * TILE * 2);
+            float* sums = reinterpret_cast<float*>(memory);
+            bf16* turned = reinterpret_cast<bf16*>(memory + out_bytes);
+            for (int64_t at = 0; at < steps; at += per) {
+                const int64_t length = std::min(per, steps - at);
+                for (int64_t unit = begin; unit < end; ++unit) {
+                    turn_unit(unit, at, length, turned);
+                    for (int64_t block = 0; block < blocks; ++block) {
+                        const int64_t first = low + 2 * block, rights = std::min<int64_t>(2, low + count - first);
+                        float* out = sums + ((unit - begin) * blocks + block) * 4 * TILE_OUT;
+                        multiply_block(2, rights, turned, length * TILE, strips + (first * steps + at) * TILE,
+                                       steps * TILE, length, out, at > 0, 2 * TILE_ROWS, {});
+                        if (at + length == steps) finish(unit, first, rights, out);
+                    }
+                }
+            }
+        }
+    }
+
+    void turn_unit(int64_t unit, int64_t at, int64_t length, bf16* turned) const {
+        const int64_t panel_stride = weight_steps() * TILE;
+        alignas(64) bf16 both[2 * TILE];
+        for (int64_t step = 0; step < length; ++step) {
+            const bf16* right = weight + 2 * (at + step) * panel_stride + unit * TILE;
+            // Tiles of one unit are far apart: nothing but this reads them ahead.
+            if (step + 6 < length)
+                for (int64_t line = 0; line < 16; ++line) {
+                    _mm_prefetch(reinterpret_cast<const char*>(right + 12 * panel_stride) + 64 * line, _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(right + 13 * panel_stride) + 64 * line, _MM_HINT_T0);
+                }
+            turn(right, right + panel_stride, both);
+            std::memcpy(turned + step * TILE, both, 2 * TILE);
+            std::memcpy(turned + (length + step) * TILE, both + TILE, 2 * TILE);
+        }
+    }
+
+    void finish(int64_t unit, int64_t first, int64_t rights, float* out) const {
+        const int64_t rank_steps = lora.num_parts ? lora.steps() : 0;
+        alignas(64) bf16 both[2 * TILE];
+        for (int64_t p = 0; p < lora.num_parts; ++p) {
+            for (int64_t step = 0; step < rank_steps; ++step) {
+                const bf16* panel = factors + ((p * lora.panels() + 2 * step) * weight_steps() + unit) * TILE;
+                turn(panel, panel + weight_steps() * TILE, both);
+                for (int64_t i = 0; i < 2; ++i)
+                    for (int64_t j = 0; j < rights; ++j) {
+                        const bf16* right = hidden + ((p * num_strips() + first + j) * rank_steps + step) * TILE;
+                        multiply_tiles<1, 1>(both + i * TILE, 0, right, 0, 1, out + (i * rights + j) * TILE_OUT, true,
+                                             TILE_ROWS, {});
+                    }
+            }
+        }
+        for (int64_t i = 0; i < 2; ++i) {
+            const int64_t term = unit * TILE_TERMS + i * TILE_ROWS;
+            for (int64_t j = 0; j < rights; ++j) {
+                alignas(64) float turned[TILE_OUT];
+                transpose_lanes(out + (i * rights + j) * TILE_OUT, turned);
+                const int64_t row = (first + j) * TILE_COLUMNS, last = std::min(rows - row, TILE_COLUMNS);
+                for (int64_t r = 0; r < last; ++r) {
+                    if (terms > term) store_row(gx + (row + r) * gx_stride + term, turned + 16 * r, terms - term);
+                }
+            }
+        }
+    }
+
+    // The gradient of h for part p, rank rows 16 * panel on, of one strip; `factor` is a left strip of b.
+    void hide(int64_t p, int64_t panel, int64_t strip, const bf16* factor, int64_t at, int64_t length,
+              bf16* hidden_out, bf16* gh) const {
+        alignas(64) float out[TILE_OUT];
+        multiply_tiles<1, 1>(factor, 0, strips + (strip * steps + at) * TILE, 0, length, out, false, TILE_ROWS, {});
+        bf16* tile = hidden_out + ((p * num_strips() + strip) * lora.steps() + panel / 2) * TILE;
+        for (int64_t i = 0; i < TILE_ROWS; ++i) {
+            const int64_t r = panel * TILE_ROWS + i, term = panel % 2 * TILE_ROWS + i;
+            for (int64_t m = 0; m < TILE_COLUMNS; ++m) {
+                const int64_t row = strip * TILE_COLUMNS + m;
+                const bool counts = row < rows && r < lora.rank && !lora.is_foreign(row, r);
+                const bf16 value = counts ? to_bf16(out[16 * i + m]) : bf16{0};
+                tile[term / 2 * 32 + 2 * m + term % 2] = value;
+                if (gh && row < rows && r < lora.rank) gh[(p * rows + row) * lora.rank + r] = value;
+            }
+        }
+    }
+
+    void hide_all(bf16* hidden_out, bf16* gh) const {
+        const int64_t panels = lora.panels();
+        parallel_tasks(lora.num_parts * panels, [&](int64_t task) {
+            const TileRegisters registers;
+            const int64_t p = task / panels, panel = task % panels, r = panel * TILE_ROWS;
+            const Part& part = lora.parts[p];
+            const int64_t at = part.offset / TILE_TERMS, end = divide_up(part.offset + part.width, TILE_TERMS);
+            bf16* factor = reinterpret_cast<bf16*>(local().take((end - at) * TILE * 2));
+            for (int64_t step = at; step < end; ++step) pack_b(part, r, step, factor + (step - at) * TILE);
+            for (int64_t strip = 0; strip < num_strips(); ++strip)
+                hide(p, panel, strip, factor, at, end - at, hidden_out, gh);
+        });
+    }
+
+    // Rank rows r on of b at columns 32 * step on, zero where the part has none.
+    void pack_b(const Part& part, int64_t r, int64_t step, bf16* to) const {
+        const int64_t low = step * TILE_TERMS - part.offset;
+        if (low >= 0) {
+            pack_left(part.b + r * part.width + low, part.width, lora.rank - r, part.width - low, to);
+            return;
+        }
+        for (int64_t i = 0; i < TILE_ROWS; ++i)
+            for (int64_t c = 0; c < TILE_TERMS; ++c) {
+                const bool counts = r + i < lora.rank && low + c >= 0 && low + c < part.width;
+                to[32 * i + c] = counts ? part.b[(r + i) * part.width + low + c] : bf16{0};
+            }
+    }
+};
+
+}  // namespace
+}  // namespace tandem
+
+using namespace tandem;
+
+// Bytes of a packed [n, k] weight are 1024 * 2 * ceil(n / 32) * ceil(k / 32).
+TANDEM_EXPORT void tandem_matmul_pack(const bf16* weight, int64_t stride, int64_t n, int64_t k, bf16* packed) {
+    const int64_t steps = divide_up(k, TILE_TERMS), panels = 2 * divide_up(n, 2 * TILE_COLUMNS);
+    parallel_ranges(panels * steps, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t column = i / steps * TILE_COLUMNS, term = i % steps * TILE_TERMS;
+            pack_right(weight + column * stride + term, stride, n - column, k - term, packed + i * TILE);
+        }
+    });
+}
+
+TANDEM_EXPORT void tandem_matmul_unpack(const bf16* packed, int64_t n, int64_t k, bf16* weight, int64_t stride) {
+    const int64_t steps = divide_up(k, TILE_TERMS);
+    parallel_ranges(n, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+            for (int64_t term = 0; term < k; ++term) {
+                const bf16* tile = packed + (row / TILE_COLUMNS * steps + term / TILE_TERMS) * TILE;
+                weight[row * stride + term] = tile[term % 32 / 2 * 32 + 2 * (row % 16) + term % 2];
+            }
+    });
+}
+
+// Rows `ids` of the packed [n, k] weight, one after the other: an embedding that shares its bytes with the head.
+TANDEM_EXPORT void tandem_matmul_rows(const bf16* packed, int64_t k, const int64_t* ids, int64_t count, bf16* rows) {
+    const int64_t steps = divide_up(k, TILE_TERMS);
+    parallel_ranges(count, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const bf16* from = packed + ids[i] / TILE_COLUMNS * steps * TILE + 2 * (ids[i] % TILE_COLUMNS);
+            for (int64_t term = 0; term < k; term += 2)
+                std::memcpy(rows + i * k + term, from + term / 2 * 32, term + 1 < k ? 4 : 2);
+        }
+    });
+}
+
+// y = x w^T + bias + what the parts add. `bias`, `foreign` and `h` ([parts, m, r], receives x a^T) may be null.
+TANDEM_EXPORT void tandem_matmul_forward(const bf16* x, int64_t x_stride, int64_t m, int64_t k, const bf16* weight,
+                                         int64_t n, const bf16* bias, bf16* y, int64_t y_stride, const void* parts,
+                                         int64_t num_parts, int64_t rank, const uint8_t* foreign,
+                                         int64_t foreign_stride, bf16* h) {
+    Forward forward{};
+    forward.rows = m, forward.steps = divide_up(k, TILE_TERMS), forward.weight = weight, forward.columns = n;
+    forward.bias = bias, forward.y = y, forward.y_stride = y_stride;
+    forward.lora = {static_cast<const Part*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
+    const int64_t strips = forward.num_strips();
+    bf16* packed = reinterpret_cast<bf16*>(buffers().activations.take(strips * forward.steps * TILE * 2));
+    pack_rows<false>(x, x_stride, m, k, packed);
+    forward.strips = packed;
+    if (const Lora& lora = forward.lora; lora.num_parts) {
+        const int64_t panels = lora.panels(), pairs = divide_up(strips, 2);
+        bf16* factors = reinterpret_cast<bf16*>(
+            buffers().factors.take(lora.num_parts * panels * forward.steps * TILE * 2));
+        pack_factors(lora, k, factors);
+        bf16* hidden = reinterpret_cast<bf16*>(buffers().hidden.take(lora.num_parts * strips * lora.steps() * TILE * 2));
+        parallel_ranges(lora.num_parts * panels * pairs, 1, [&](int64_t begin, int64_t end) {
+            const TileRegisters registers;
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t first = i % pairs * 2;
+                forward.hide(i / (panels * pairs), i / pairs % panels, first, std::min<int64_t>(2, strips - first),
+                             factors, hidden, h);
+            }
+        });
+        forward.hidden = hidden;
+    }
+    forward.run();
+}
+
+// gx = gy w + what the parts add; `gh` ([parts, m, r], may be null) receives the gradient of h = x a^T.
+TANDEM_EXPORT void tandem_matmul_backward(const bf16* gy, int64_t gy_stride, int64_t m, int64_t n, const bf16* weight,
+                                          int64_t k, bf16* gx, int64_t gx_stride, const void* parts,
+                                          int64_t num_parts, int64_t rank, const uint8_t* foreign,
+                                          int64_t foreign_stride, bf16* gh) {
+    Backward backward{};
+    backward.rows = m, backward.steps = divide_up(n, TILE_TERMS), backward.weight = weight, backward.terms = k;
+    backward.gx = gx, backward.gx_stride = gx_stride;
+    backward.lora = {static_cast<const Part*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
+    const int64_t strips = backward.num_strips();
+    bf16* packed = reinterpret_cast<bf16*>(buffers().activations.take(strips * backward.steps * TILE * 2));
+    pack_rows<true>(gy, gy_stride, m, n, packed);
+    backward.strips = packed;
+    if (const Lora& lora = backward.lora; lora.num_parts) {
+        bf16* factors = reinterpret_cast<bf16*>(
+            buffers().factors.take(lora.num_parts * lora.panels() * backward.weight_steps() * TILE * 2));
+        pack_factors(lora, k, factors);
+        backward.factors = factors;
+        bf16* hidden = reinterpret_cast<bf16*>(buffers().hidden.take(lora.num_parts * strips * lora.steps() * TILE * 2));
+        backward.hide_all(hidden, gh);
+        backward.hidden = hidden;
+    }
+    const int64_t units = backward.weight_steps(), group = group_size(units);
+    parallel_tasks(divide_up(units, group), [&](int64_t task) {
+        backward.run_units(task * group, std::min(units, (task + 1) * group));
+    });
+}
+
+// out[r, o] += scale * sum over rows of h[row, r] * g[row, o]: the gradient of a factor, in float32.
+TANDEM_EXPORT void tandem_matmul_outer(const bf16* h, int64_t h_stride, const bf16* g, int64_t g_stride, int64_t m,
+                                       int64_t r, int64_t n, float scale, float* out, int64_t out_stride) {
+    constexpr int64_t UNIT = 4;  // strips of columns at once: neighbouring cache lines
+    const int64_t steps = divide_up(m, TILE_TERMS), lefts = divide_up(r, TILE_ROWS);
+    bf16* left = reinterpret_cast<bf16*>(buffers().factors.take(lefts * steps * TILE * 2));
+    parallel_ranges(lefts * steps, 64, [&](int64_t begin, int64_t end) {
+        alignas(64) bf16 columns[TILE];
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = i % steps * TILE_TERMS, low = i / steps * TILE_ROWS;
+            // A right tile's lanes are (column, pair of terms); transposed they are a left tile's.
+            pack_right_rows(h + row * h_stride + low, h_stride, m - row, 0, std::min(r - low, TILE_ROWS), columns);
+            transpose_lanes(columns, left + i * TILE);
+        }
+    });
+    const int64_t strips = divide_up(n, TILE_COLUMNS);
+    parallel_tasks(divide_up(strips, UNIT), [&](int64_t task) {
+        const TileRegisters registers;
+        const int64_t first = task * UNIT, count = std::min(UNIT, strips - first);
+        bf16* right = reinterpret_cast<bf16*>(local().take(UNIT * steps * TILE * 2));
+        for (int64_t step = 0; step < steps; ++step)
+            for (int64_t j = 0; j < count; ++j) {
+                const int64_t column = (first + j) * TILE_COLUMNS;
+                pack_right_rows(g + step * TILE_TERMS * g_stride + column, g_stride, m - step * TILE_TERMS, 0,
+                                std::min(n - column, TILE_COLUMNS), right + (j * steps + step) * TILE);
+            }
+        alignas(64) float sums[TILE_OUT];
+        for (int64_t i = 0; i < lefts; ++i)
+            for (int64_t j = 0; j < count; ++j) {
+                multiply_tiles<1, 1>(left + i * steps * TILE, 0, right + j * steps * TILE, 0, steps, sums, false,
+                                     TILE_ROWS, {});
+                const int64_t column = (first + j) * TILE_COLUMNS, wide = std::min(n - column, TILE_COLUMNS);
+                for (int64_t row = 0; row < std::min(r - i * TILE_ROWS, TILE_ROWS); ++row)
+                    for (int64_t c = 0; c < wide; ++c)
+                        out[(i * TILE_ROWS + row) * out_stride + column + c] += scale * sums[16 * row + c];
+            }
+    });
+}

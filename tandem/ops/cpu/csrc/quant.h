@@ -1,0 +1,330 @@
+// Packed int8 and int4 weights, and the loop over the products they take part in; `tandem/ops/quant.py` defines the
+// bytes, `tiles.h` the tiles.
+//
+// A weight [N, K] is stored in blocks of 32 outputs, each block in steps along K, so that a product reads it from the
+// first byte to the last. A product expands a stretch of steps into the first-level cache as tiles and multiplies it
+// with all rows. Every element of a product is summed in the order of its terms, whatever the number of rows, blocks
+// and threads, so its bits depend on none of them.
+#pragma once
+
+#include "tiles.h"
+#include "vector.h"
+
+namespace tandem {
+namespace quant {
+
+constexpr int64_t OUTPUTS = 32;           // of a block: two strips
+constexpr int64_t PAIR = 2 * TILE_ROWS;   // rows multiplied at once
+constexpr int64_t CELL = 4 * TILE_OUT;    // sums of a pair of rows' strips and a block's strips
+constexpr int64_t TILE_BYTES = 1024;
+constexpr int64_t STRETCH = 8;            // steps expanded at once
+constexpr int64_t LINE = 64;              // bytes of a cache line
+// Rows that are multiplied in one go: their part of a stretch stays in the second-level cache.
+constexpr int64_t MOST_ROWS = 1024;
+constexpr int64_t BLOCKS_AT_ONCE = 8;
+
+// int8: blocks of groups of 64 inputs: 32 scales (bfloat16), then two steps of 32 inputs, each [2][16 pairs of
+// inputs][16 outputs][2].
+struct Int8 {
+    static constexpr int64_t group_bytes = 64 + 2 * 1024;
+    static int64_t steps(int64_t inputs) { return 2 * divide_up(inputs, 64); }
+    static int64_t block_bytes(int64_t inputs) { return divide_up(inputs, 64) * group_bytes; }
+    static const uint8_t* group(const uint8_t* block, int64_t step) { return block + (step / 2) * group_bytes; }
+    static const bf16* scales(const uint8_t* block, int64_t step) {
+        return reinterpret_cast<const bf16*>(group(block, step));
+    }
+    static const uint8_t* codes(const uint8_t* block, int64_t step) {
+        return group(block, step) + 64 + (step % 2) * 1024;
+    }
+};
+
+// int4: blocks of 32 scales (float32), then steps of 64 inputs: [2 halves of the outputs][2 groups of 32 inputs]
+// [multipliers, offsets][16 outputs], then [2][8 fours of inputs][16 outputs][4], the first group's codes in the low
+// bits and the second's in the high ones. A code c stands for multiplier * c + offset, an int8.
+struct Int4 {
+    static constexpr int64_t head_bytes = 128, step_bytes = 128 + 1024;
+    static int64_t steps(int64_t inputs) { return divide_up(inputs, 64); }
+    static int64_t block_bytes(int64_t inputs) { return head_bytes + steps(inputs) * step_bytes; }
+    static const uint8_t* step(const uint8_t* block, int64_t step) { return block + head_bytes + step * step_bytes; }
+};
+
+struct Place {
+    int64_t block, step;
+};
+
+inline void fetch(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += LINE) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
+}
+
+inline Scratch& local_tiles() {
+    static thread_local Scratch mine;
+    return mine;
+}
+
+inline Scratch& local_sums() {
+    static thread_local Scratch mine;
+    return mine;
+}
+
+// Blocks [begin, end) times all rows, in this thread. While a stretch is multiplied the next one is expanded, because
+// the tiles leave the vector units idle, and the one after that is fetched. Sums of several blocks wait for the next
+// stretch of their terms, so that the rows' part of it is used while it is near. `Op` says what a product is made of:
+//   steps, rows
+//   expand(block, step, to): a step's two tiles, the second STRETCH tiles after the first
+//   fetch(block, step): bring its bytes nearer
+//   multiply(pair, tiles, step, length, sums, meanwhile): add a stretch; meanwhile() between its steps
+//   finish(pair, block, sums): all is summed
+template <class Op>
+void run_blocks(const Op& op, int64_t begin, int64_t end) {
+    const TileRegisters registers;
+    const int64_t steps = op.steps, pairs = divide_up(op.rows, PAIR);
+    char* const tiles = local_tiles().take(2 * 2 * STRETCH * TILE_BYTES);
+    float* const sums = reinterpret_cast<float*>(local_sums().take(pairs * BLOCKS_AT_ONCE * CELL * sizeof(float)));
+    auto length_at = [&](Place place) { return std::min(STRETCH, steps - place.step); };
+    // From block to block, then on to the next stretch, then to the next blocks.
+    auto next = [&](Place place) {
+        const int64_t first = begin + (place.block - begin) / BLOCKS_AT_ONCE * BLOCKS_AT_ONCE;
+        const int64_t last = std::min(first + BLOCKS_AT_ONCE, end);
+        if (++place.block < last) return place;
+        place.step += STRETCH;
+        return place.step < steps ? Place{first, place.step} : Place{last, 0};
+    };
+    Place here{begin, 0};
+    for (int64_t s = 0; s < length_at(here); ++s) op.expand(begin, s, tiles + s * TILE_BYTES);
+    for (int64_t side = 0; here.block < end; side ^= 1) {
+        const Place there = next(here), far = there.block < end ? next(there) : there;
+        const int64_t length = length_at(here), slots = pairs * length;
+        const int64_t coming = there.block < end ? length_at(there) : 0, fetching = far.block < end ? length_at(far) : 0;
+        char* const to = tiles + (side ^ 1) * 2 * STRETCH * TILE_BYTES;
+        int64_t slot = 0, expanded = 0, fetched = 0;
+        auto meanwhile = [&] {
+            ++slot;
+            for (; fetched * slots < slot * fetching; ++fetched) op.fetch(far.block, far.step + fetched);
+            for (; expanded * slots < slot * coming; ++expanded) {
+                op.expand(there.block, there.step + expanded, to + expanded * TILE_BYTES);
+            }
+        };
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            float* cell = sums + (pair * BLOCKS_AT_ONCE + (here.block - begin) % BLOCKS_AT_ONCE) * CELL;
+            op.multiply(pair, tiles + side * 2 * STRETCH * TILE_BYTES, here.step, length, cell, meanwhile);
+            if (here.step + length == steps) op.finish(pair, here.block, cell);
+        }
+        here = there;
+    }
+}
+
+// Packed rows lie stretch by stretch, in each the strips one after the other.
+inline int64_t rows_bytes(int64_t strips, int64_t steps) { return divide_up(steps, STRETCH) * strips * STRETCH * TILE_BYTES; }
+
+TANDEM_INLINE int64_t rows_place(int64_t strips, int64_t strip, int64_t step) {
+    return ((step / STRETCH * strips + strip) * STRETCH + step % STRETCH) * TILE_BYTES;
+}
+
+// Two left strips times two right ones, STRETCH tiles apart, in bfloat16. One left strip (`lefts` 1) or one right one
+// leaves the other's sums unspecified. `rows`: how many of the left strips' rows count.
+template <class Meanwhile>
+TANDEM_INLINE void multiply_wide(const char* lefts_at, int64_t lefts, int64_t rows, const char* rights_at,
+                                 int64_t rights, int64_t steps, bool adds, float* sums, const Meanwhile& meanwhile) {
+    const bf16* left = reinterpret_cast<const bf16*>(lefts_at);
+    const bf16* right = reinterpret_cast<const bf16*>(rights_at);
+#if defined(TANDEM_AMX)
+    (void)rows;
+    unrolled<4>([&](auto i) {
+        if (adds) tile_load<i>(sums + i * TILE_OUT);
+        else tile_zero<i>();
+    });
+    for (int64_t s = 0; s < steps; ++s, left += TILE, right += TILE) {
+        tile_load<4>(left);
+        tile_load<6>(right);
+        tile_multiply<0, 4, 6>();
+        if (rights == 2) {
+            tile_load<7>(right + STRETCH * TILE);
+            tile_multiply<1, 4, 7>();
+        }
+        if (lefts == 2) {
+            tile_load<5>(left + STRETCH * TILE);
+            tile_multiply<2, 5, 6>();
+            if (rights == 2) tile_multiply<3, 5, 7>();
+        }
+        meanwhile();
+    }
+    unrolled<4>([&](auto i) { tile_store<i>(sums + i * TILE_OUT); });
+#else
+    for (int64_t s = 0; s < steps; ++s) meanwhile();
+    for (int64_t i = 0; i < lefts; ++i)
+        for (int64_t j = 0; j < rights; ++j)
+            multiply_tiles<1, 1>(left + i * STRETCH * TILE, 0, right + j * STRETCH * TILE, 0, steps,
+                                 sums + (2 * i + j) * TILE_OUT, adds, rows - i * TILE_ROWS, {});
+#endif
+}
+
+// A group's 32 scales in the order that a tile's rows take them: each twice, for the two terms of a pair.
+struct Scales {
+#if defined(TANDEM_AVX512)
+    __m512 twice[4];
+
+    template <class T>
+    TANDEM_INLINE explicit Scales(const T* scales) {
+        const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+        for (int half = 0; half < 2; ++half) {
+            const __m512 of_half = load(scales + 16 * half).v;
+            twice[2 * half] = _mm512_permutexvar_ps(low, of_half);
+            twice[2 * half + 1] = _mm512_permutexvar_ps(high, of_half);
+        }
+    }
+#else
+    float once[OUTPUTS];
+
+    template <class T>
+    explicit Scales(const T* scales) {
+        for (int64_t o = 0; o < OUTPUTS; ++o) once[o] = to_float(scales[o]);
+    }
+#endif
+};
+
+#if defined(TANDEM_AVX512)
+// A row of a right tile: 32 codes, their outputs' scales.
+TANDEM_INLINE void widen_row(__m128i first, __m128i second, const __m512* twice, bf16* to) {
+    const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(first)), b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(second));
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(b, twice[1]), _mm512_mul_ps(a, twice[0]));
+    _mm512_storeu_si512(to, (__m512i)both);
+}
+#endif
+
+// One step of int8 codes as two right tiles, `apart` bytes from each other. With FAR, the codes so many bytes further on
+// are brought nearer, line by line: more than a few at once would hold up the loads after them.
+template <int64_t FAR = 0>
+TANDEM_INLINE void expand_int8(const uint8_t* codes, const Scales& scales, char* to, int64_t apart) {
+    for (int half = 0; half < 2; ++half) {
+        bf16* tile = reinterpret_cast<bf16*>(to + half * apart);
+#if defined(TANDEM_AVX512)
+#pragma GCC unroll 4
+        for (int64_t p = 0; p < 16; ++p) {
+            const __m128i* row = reinterpret_cast<const __m128i*>(codes + half * 512 + p * 32);
+            if (FAR && p % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(row) + FAR, _MM_HINT_T0);
+            widen_row(_mm_loadu_si128(row), _mm_loadu_si128(row + 1), scales.twice + 2 * half, tile + p * 32);
+        }
+#else
+        for (int64_t p = 0; p < 16; ++p)
+            for (int64_t i = 0; i < 32; ++i) {
+                const int8_t code = static_cast<int8_t>(codes[half * 512 + p * 32 + i]);
+                tile[p * 32 + i] = to_bf16(static_cast<float>(code) * scales.once[half * 16 + i / 2]);
+            }
+#endif
+    }
+}
+
+inline Scratch& activations() {
+    static thread_local Scratch mine;
+    return mine;
+}
+
+// The gradient of x from that of y, [rows, outputs], through one packed weight. `Format` expands a step of 32 inputs of
+// a block to two right tiles; turned they are left tiles whose rows are inputs, so that sums come out transposed.
+// A "block" of the loop is such a step, its "steps" are the weight's blocks.
+template <class Format>
+struct Backward {
+    const uint8_t* weight;
+    const char* strips;  // the gradient of y as right strips
+    bf16* gx;
+    int64_t rows, inputs, steps, stride;
+
+    int64_t num_strips() const { return divide_up(rows, TILE_COLUMNS); }
+    const uint8_t* block(int64_t index) const { return weight + index * Format::block_bytes(inputs); }
+
+    void expand(int64_t unit, int64_t index, char* to) const {
+        alignas(64) char tiles[2 * TILE_BYTES], turned[2 * TILE_BYTES];
+        Format::expand(block(index), unit, tiles);
+        turn(reinterpret_cast<bf16*>(tiles), reinterpret_cast<bf16*>(tiles + TILE_BYTES),
+             reinterpret_cast<bf16*>(turned));
+        std::memcpy(to, turned, TILE_BYTES);
+        std::memcpy(to + STRETCH * TILE_BYTES, turned + TILE_BYTES, TILE_BYTES);
+    }
+
+    void fetch(int64_t unit, int64_t index) const { Format::fetch(block(index), unit); }
+
+    template <class Meanwhile>
+    void multiply(int64_t pair, const char* tiles, int64_t step, int64_t length, float* sums,
+                  const Meanwhile& meanwhile) const {
+        const int64_t rights = rows - pair * PAIR > TILE_COLUMNS ? 2 : 1;
+        multiply_wide(tiles, 2, PAIR, strips + rows_place(num_strips(), 2 * pair, step), rights, length, step > 0, sums,
+                      meanwhile);
+    }
+
+    void finish(int64_t pair, int64_t unit, const float* sums) const {
+        alignas(64) float turned[TILE_OUT];
+        for (int64_t i = 0; i < 2; ++i) {
+            const int64_t input = unit * TILE_TERMS + i * TILE_ROWS;
+            if (input >= inputs) return;
+            for (int64_t j = 0; j < 2; ++j) {
+                const int64_t row = pair * PAIR + j * TILE_COLUMNS, last = std::min(rows - row, TILE_COLUMNS);
+                if (last <= 0) continue;
+                transpose_lanes(sums + (2 * i + j) * TILE_OUT, turned);
+                for (int64_t r = 0; r < last; ++r) {
+                    store_row(gx + (row + r) * stride + input, turned + 16 * r, inputs - input);
+                }
+            }
+        }
+    }
+};
+
+template <class Format>
+void run_backward(const bf16* gy, int64_t gy_stride, int64_t m, int64_t n, const uint8_t* weight, int64_t k, bf16* gx,
+                  int64_t gx_stride) {
+    const int64_t steps = divide_up(n, OUTPUTS);
+    for (int64_t row = 0; row < m; row += MOST_ROWS) {
+        const int64_t rows = std::min(MOST_ROWS, m - row), strips = divide_up(rows, TILE_COLUMNS);
+        const bf16* from = gy + row * gy_stride;
+        char* packed = activations().take(rows_bytes(strips, steps));
+        parallel_ranges(strips * steps, 256, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t strip = i % strips, step = i / strips;
+                pack_right(from + strip * TILE_COLUMNS * gy_stride + step * TILE_TERMS, gy_stride,
+                           rows - strip * TILE_COLUMNS, n - step * TILE_TERMS,
+                           reinterpret_cast<bf16*>(packed + rows_place(strips, strip, step)));
+            }
+        });
+        const Backward<Format> op{weight, packed, gx + row * gx_stride, rows, k, steps, gx_stride};
+        parallel_ranges(divide_up(k, TILE_TERMS), 1, [&](int64_t begin, int64_t end) { run_blocks(op, begin, end); });
+    }
+}
+
+// Rows of a cell's sums, times the outputs' scales and plus bias (each may be null), to y.
+inline void store_cell(const float* sums, int64_t rows, int64_t outputs, const float* scales, const bf16* bias, bf16* y,
+                       int64_t stride) {
+    for (int64_t j = 0; j < 2 && j * TILE_COLUMNS < outputs; ++j) {
+        const int64_t column = j * TILE_COLUMNS, count = std::min(TILE_COLUMNS, outputs - column);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float* from = sums + (r / TILE_ROWS * 2 + j) * TILE_OUT + r % TILE_ROWS * 16;
+            alignas(64) float changed[16];
+            if (scales || bias) {
+                for (int64_t c = 0; c < count; ++c) {
+                    const float scaled = scales ? from[c] * scales[column + c] : from[c];
+                    changed[c] = bias ? scaled + to_float(bias[column + c]) : scaled;
+                }
+                from = changed;
+            }
+            store_row(y + r * stride + column, from, count);
+        }
+    }
+}
+
+// A packed weight as rows of bfloat16.
+template <class Format>
+void unpack_tiles(const uint8_t* packed, int64_t n, int64_t k, bf16* weight, int64_t stride) {
+    const int64_t steps = divide_up(k, TILE_TERMS);
+    parallel_ranges(divide_up(n, OUTPUTS) * steps, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            alignas(64) bf16 tiles[2 * TILE];
+            const int64_t first = i / steps * OUTPUTS, input = i % steps * TILE_TERMS;
+            Format::expand(packed + i / steps * Format::block_bytes(k), i % steps, reinterpret_cast<char*>(tiles));
+            for (int64_t o = 0; o < std::min(OUTPUTS, n - first); ++o)
+                for (int64_t t = 0; t < std::min(TILE_TERMS, k - input); ++t)
+                    weight[(first + o) * stride + input + t] = tiles[o / 16 * TILE + t / 2 * 32 + o % 16 * 2 + t % 2];
+        }
+    });
+}
+
+}  // namespace quant
+}  // namespace tandem
