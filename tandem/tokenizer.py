@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tandem.errors import ConfigError, InvalidRequest, ModelError
-from tandem.hub import TOKENIZER_FILES, resolve_model
+from tandem.gguf.container import read_gguf
+from tandem.gguf.vocabulary import load_tokenizer
+from tandem.hub import TOKENIZER_FILES, is_gguf, resolve_model
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -45,12 +47,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str, chat_template: str | None = None, revision: str | None = None) -> Tokenizer:
-        """The tokenizer of a directory or hub id (at `revision`). `chat_template`: a file, or the template itself,
-        instead of its own.
+        """The tokenizer of a directory, GGUF file or hub id (at `revision`). `chat_template`: a file, or the template
+        itself, instead of its own.
 
         Raises ModelError where there is no usable tokenizer, ConfigError where the template file does not exist.
         """
         where = resolve_model(path, revision, TOKENIZER_FILES)
+        if is_gguf(where):
+            return cls(load_tokenizer(read_gguf(where)), _read_template(chat_template))
         if not any((where / name).exists() for name in _TOKENIZER_FILES):
             raise ModelError(f"{path} has no tokenizer (no tokenizer.json): copy it there or give --tokenizer DIR")
         # A tokenizer.json needs none of the per-model classes, whose lookup would pull torch into this process.

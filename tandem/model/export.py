@@ -1,6 +1,7 @@
 """Base model + LoRA adapter -> a Hugging Face directory that any program loads without knowing of adapters.
 
-The checkpoint is rewritten one file at a time, so memory stays near its largest file. Not here: reading PEFT's format
+The checkpoint is rewritten one file at a time, so memory stays near its largest file; a GGUF file becomes several of a
+few gigabytes, dequantised. Not here: reading PEFT's format
 (`adapter.py`), and exporting an adapter by itself, which is a copy of its directory.
 
 Shape letters: R rank, I in features, O out features.
@@ -9,13 +10,14 @@ Shape letters: R rank, I in features, O out features.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,16 +25,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tandem.errors import ConfigError, ModelError, TandemError
-from tandem.hub import TOKENIZER_FILES
+from tandem.gguf.container import read_gguf
+from tandem.gguf.vocabulary import load_tokenizer
+from tandem.hub import TOKENIZER_FILES, is_gguf
 from tandem.model.adapter import KEY, MLP_MODULES, PREFIX, WEIGHTS_FILE, AdapterWeights, read_adapter
+from tandem.model.gguf_config import config_of
 from tandem.model.spec import ModelSpec, Target, load_spec, targets
-from tandem.model.weights import LOADABLE, expected_shapes, weight_files
+from tandem.model.weights import LOADABLE, expected_shapes, open_weights, weight_files
 
 # Beside the weights: what transformers needs, and the terms under which the model came.
 COPIED_FILES = (*TOKENIZER_FILES, "LICENSE*", "NOTICE*")
 # Lists of weight files in formats that are not written; the one of safetensors stays true.
 FOREIGN_INDEX = ".bin.index.json"
 ANY_RANK = 2**31
+# Of the files that a GGUF file becomes.
+FILE_BYTES = 4 * 10**9
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,23 @@ class Patch:
     b_RO: Tensor
 
 
-def merge_adapter(model: Path, adapter: Path, output: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Write the model directory `model` with the PEFT directory `adapter` merged into it to the new directory `output`.
+@dataclass(frozen=True)
+class Shard:
+    """A file to write: the named tensors of the file `source`, which are held in `dtype` where they are quantised."""
 
-    Sums are made in float32 and stored in the checkpoint's own format. The adapter may name modules as the checkpoint
-    does or the other way (q_proj, k_proj, v_proj against qkv_proj). `progress(done, total)` counts weight files.
+    source: Path
+    names: list[str]
+    target: str
+    dtype: torch.dtype
+
+
+def merge_adapter(model: Path, adapter: Path, output: Path, progress: Callable[[int, int], None] | None = None) -> None:
+    """Write the model directory or GGUF file `model` with the PEFT directory `adapter` merged into it to the new
+    directory `output`.
+
+    Sums are made in float32 and stored in the checkpoint's own format, quantised ones as the spec's dtype. The adapter
+    may name modules as the checkpoint does or the other way (q_proj, k_proj, v_proj against qkv_proj).
+    `progress(done, total)` counts weight files.
     Raises ModelError for a model or adapter that cannot be read or do not fit each other, ConfigError where `output`
     exists, TandemError where it cannot be written; then nothing is left behind.
     """
@@ -59,15 +78,57 @@ def merge_adapter(model: Path, adapter: Path, output: Path, progress: Callable[[
     spec = load_spec(model)
     files = weight_files(model)
     patches = _patches(spec, Path(adapter))
-    _check(files, spec, patches)
+    shards = _shards(files, spec)
+    _check(shards, spec, patches)
     with _new_directory(output) as partial:
-        for done, file in enumerate(files, 1):
-            _merge_file(file, partial / file.name, patches)
+        for done, shard in enumerate(shards, 1):
+            _merge_file(shard, partial, patches)
             if progress:
-                progress(done, len(files))
+                progress(done, len(shards))
+        if is_gguf(model):
+            _describe(model, shards, partial)
+            return
         for file in sorted({file for pattern in COPIED_FILES for file in model.glob(pattern)}):
             if file.is_file() and not file.name.endswith(FOREIGN_INDEX):
                 shutil.copyfile(file, partial / file.name)
+
+
+def _shards(files: list[Path], spec: ModelSpec) -> list[Shard]:
+    """One for every safetensors file, under its name; a GGUF file's tensors in their order, so many to a file."""
+    dtype = {"float32": torch.float32, "float16": torch.float16}.get(spec.dtype, torch.bfloat16)
+    groups: list[tuple[Path, list[str]]] = []
+    for file in files:
+        with open_weights(file, dtype) as tensors:
+            groups.append((file, []))
+            room = FILE_BYTES
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if is_gguf(file):
+                    room -= math.prod(tensors.get_slice(name).get_shape()) * dtype.itemsize
+                if room < 0 and groups[-1][1]:
+                    groups.append((file, []))
+                    room = FILE_BYTES
+                groups[-1][1].append(name)
+    if not is_gguf(files[0]):
+        return [Shard(file, names, file.name, dtype) for file, names in groups]
+    if len(groups) == 1:
+        return [Shard(files[0], groups[0][1], "model.safetensors", dtype)]
+    return [
+        Shard(file, names, f"model-{index:05d}-of-{len(groups):05d}.safetensors", dtype)
+        for index, (file, names) in enumerate(groups, 1)
+    ]
+
+
+def _describe(model: Path, shards: list[Shard], output: Path) -> None:
+    """What a Hugging Face directory has beside the tensors, out of a GGUF file."""
+    gguf = read_gguf(model)
+    config, generation = config_of(gguf)
+    described = {"config.json": config, "generation_config.json": generation}
+    if len(shards) > 1:
+        weight_map = {name: shard.target for shard in shards for name in shard.names}
+        described["model.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
+    for name, content in described.items():
+        (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    load_tokenizer(gguf).save_pretrained(output)
 
 
 def _patches(spec: ModelSpec, adapter: Path) -> dict[str, list[Patch]]:
@@ -117,31 +178,32 @@ def _overlap(of_checkpoint: Target, of_adapter: Target, a_RI: Tensor, b_RO: Tens
     return Patch(start - of_checkpoint.offset, stop - of_checkpoint.offset, a_RI, b_RO[:, columns])
 
 
-def _check(files: list[Path], spec: ModelSpec, patches: dict[str, list[Patch]]) -> None:
+def _check(shards: list[Shard], spec: ModelSpec, patches: dict[str, list[Patch]]) -> None:
     """Every tensor that is changed exists with the shape and a format we know: from the headers, before any work."""
     shapes, missing = expected_shapes(spec), set(patches)
-    for file in files:
-        with _opened(file) as tensors:
-            for name in missing & set(tensors.keys()):
+    for shard in shards:
+        file = shard.source
+        with open_weights(file, shard.dtype) as tensors:
+            for name in missing & set(shard.names):
                 found = tensors.get_slice(name)
                 if tuple(found.get_shape()) != shapes[name]:
                     raise ModelError(f"{file}: tensor {name} has shape {found.get_shape()}, not {list(shapes[name])}")
                 if found.get_dtype() not in LOADABLE:
                     raise ModelError(f"{file}: {name} is {found.get_dtype()}; supported are {', '.join(LOADABLE)}")
-            missing -= set(tensors.keys())
+            missing -= set(shard.names)
     if missing:
-        raise ModelError(f"{files[0].parent}: tensor {min(missing)} is missing")
+        raise ModelError(f"{shards[0].source.parent}: tensor {min(missing)} is missing")
 
 
-def _merge_file(source: Path, target: Path, patches: dict[str, list[Patch]]) -> None:
-    with _opened(source) as tensors:
-        merged = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+def _merge_file(shard: Shard, output: Path, patches: dict[str, list[Patch]]) -> None:
+    with open_weights(shard.source, shard.dtype) as tensors:
+        merged = {name: tensors.get_tensor(name) for name in shard.names}
         metadata = {"format": "pt"} | (tensors.metadata() or {})
     for name in merged.keys() & patches.keys():
         merged[name] = _patched(merged[name], patches[name])
         if not merged[name].isfinite().all():
             raise ModelError(f"{name} + adapter does not fit into {merged[name].dtype}: convert the model to bfloat16")
-    save_file(merged, target, metadata)
+    save_file(merged, output / shard.target, metadata)
 
 
 def _patched(weight_OI: Tensor, patches: list[Patch]) -> Tensor:
@@ -149,16 +211,6 @@ def _patched(weight_OI: Tensor, patches: list[Patch]) -> Tensor:
     for patch in patches:
         total_OI[patch.start : patch.stop].addmm_(patch.b_RO.T, patch.a_RI)
     return total_OI.to(weight_OI.dtype)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        opened = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is not a readable safetensors file: {error}") from None
-    with opened as tensors:
-        yield tensors
 
 
 @contextmanager

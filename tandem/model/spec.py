@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tandem.errors import ModelError
+from tandem.gguf.container import read_gguf
+from tandem.hub import is_gguf
 from tandem.model import fields
 from tandem.model.fields import Config
+from tandem.model.gguf_config import config_of
 from tandem.model.rope import RopeSpec, rope_from_config, scaled_reach
 
 # Deeper models do not exist; a config's typo must not become a list of a billion layers.
@@ -205,8 +208,14 @@ FAMILIES: dict[str, Family] = {
 
 
 def load_spec(path: Path, max_model_len: int | None = None) -> ModelSpec:
-    """The spec of a model directory: its config.json, and generation_config.json where there is one."""
+    """The spec of a model directory, from its config.json and generation_config.json where there is one, or of a GGUF
+    file. Raises ModelError."""
     path = Path(path)
+    if is_gguf(path):
+        try:
+            return spec_from_config(*config_of(read_gguf(path)), max_model_len)
+        except ModelError as error:
+            raise ModelError(str(error).replace("config.json", f"{path}, as a config.json")) from None
     config = _read_json(path / "config.json")
     generation = path / "generation_config.json"
     return spec_from_config(config, _read_json(generation) if generation.is_file() else None, max_model_len)

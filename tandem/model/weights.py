@@ -1,5 +1,5 @@
-"""safetensors on disk -> the decoder's parameters: fused, converted and packed one tensor at a time, so that loading
-needs hardly more memory than the model.
+"""safetensors or GGUF on disk -> the decoder's parameters: fused, converted and packed one tensor at a time, so that
+loading needs hardly more memory than the model.
 
 Here: finding the files in a model's directory, checking names and shapes, building `Weights`. Not here: where that
 directory is (`tandem/hub.py`), what the numbers do (`decoder.py`), LoRA files (`adapter.py`).
@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tandem.errors import ModelError
+from tandem.hub import is_gguf
+from tandem.model.gguf_weights import GgufWeights
 from tandem.model.spec import ModelSpec
 from tandem.ops import Kernels
 from tandem.ops.linear import LinearWeight
@@ -52,7 +54,7 @@ class LayerWeights:
 class Weights:
     """All parameters, on one device, in one dtype. `nbytes` counts a shared (tied) tensor once."""
 
-    embedding_VD: Tensor
+    embedding: LinearWeight
     layers: tuple[LayerWeights, ...]
     final_norm_D: Tensor
     lm_head: LinearWeight
@@ -83,9 +85,10 @@ def load_weights(
             if progress:
                 progress(index + 1, total)
         embedding_VD = reader.tensor("model.embed_tokens.weight")
-        # A packed head would be a second copy of a tied embedding, whose rows are looked up in the plain one.
-        head = kernels.keep_plain(embedding_VD) if spec.tie_embeddings else kernels.pack(reader.tensor(TIED_HEAD))
-        weights = Weights(embedding_VD, tuple(layers), reader.tensor("model.norm.weight"), head, reader.nbytes)
+        # A tied head is the embedding: one weight, of which rows can be looked up.
+        embedding = kernels.pack_tied(embedding_VD) if spec.tie_embeddings else kernels.keep_plain(embedding_VD)
+        head = embedding if spec.tie_embeddings else kernels.pack(reader.tensor(TIED_HEAD))
+        weights = Weights(embedding, tuple(layers), reader.tensor("model.norm.weight"), head, reader.nbytes)
         if progress:
             progress(total, total)
     return weights
@@ -136,10 +139,7 @@ class _Reader:
         self.nbytes = 0
         self.files: dict[str, Any] = {}
         for file in weight_files(path):
-            try:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file} is not a readable safetensors file: {error}") from None
+            opened = stack.enter_context(open_weights(file, dtype))
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 self.files[name] = opened
 
@@ -211,8 +211,23 @@ class _Reader:
         return self._owned(names[0]) if len(names) == 1 else torch.cat([self._mapped(name) for name in names])
 
 
+def open_weights(file: Path, dtype: torch.dtype) -> Any:
+    """The open file, for safetensors' `keys`, `get_slice` and `get_tensor`; GGUF's blocks are given as `dtype`.
+
+    Raises ModelError where it cannot be read.
+    """
+    if is_gguf(file):
+        return GgufWeights(file, dtype)
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is not a readable safetensors file: {error}") from None
+
+
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory. Raises ModelError."""
+    """The safetensors files of a checkpoint directory, or the GGUF file that `path` is. Raises ModelError."""
+    if is_gguf(path):
+        return [path]
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if not index.is_file():

@@ -50,7 +50,7 @@ def shard(source: Path, target: Path, count: int) -> Path:
 
 
 def assert_same(one: Weights, other: Weights) -> None:
-    assert torch.equal(one.embedding_VD, other.embedding_VD)
+    assert torch.equal(one.embedding.weight, other.embedding.weight)
     assert torch.equal(unpack(one.lm_head), unpack(other.lm_head))
     for a, b in zip(one.layers, other.layers, strict=True):
         for name in ("qkv", "o", "gate_up", "down"):
@@ -75,7 +75,7 @@ def test_nbytes_counts_a_tied_head_once(tiny_model: TinyModel) -> None:
     for family in ("llama", "llama-tied"):
         weights = load(tiny_model(family), torch.bfloat16)
         assert weights.nbytes == 2 * load_spec(tiny_model(family)).num_parameters
-    assert weights.lm_head.weight is weights.embedding_VD
+    assert weights.lm_head is weights.embedding
 
 
 def test_progress_reaches_its_total(tiny_model: TinyModel) -> None:
@@ -93,7 +93,7 @@ def test_float16_checkpoints_and_rotary_buffers_are_read(tiny_model: TinyModel, 
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
     weights = load(changed(tiny_model("llama"), tmp_path, change))
-    torch.testing.assert_close(weights.embedding_VD, load(tiny_model("llama")).embedding_VD, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(weights.embedding.weight, load(tiny_model("llama")).embedding.weight, rtol=1e-3, atol=1e-3)
 
 
 def test_a_saved_head_beside_a_tied_embedding_is_ignored(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_loading_does_not_depend_on_the_file_afterwards(tiny_model: TinyModel, t
     path = changed(tiny_model("llama"), tmp_path, lambda tensors: None)
     weights = load(path)
     (path / FILE).write_bytes(b"")
-    assert weights.embedding_VD.isfinite().all()
+    assert weights.embedding.weight.isfinite().all()
 
 
 def put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
