@@ -50,7 +50,7 @@ def _add_models(routes: APIRouter, serving: Serving) -> None:
                 cards.setdefault(record.name, _record_card(serving, record, record.name))
             for alias in await serving.jobs.aliases():
                 cards.setdefault(alias.name, _card(serving, alias.name, root=alias.target, parent=serving.model_name))
-        for adapter in serving.engine.adapters.values():
+        for adapter in serving.visible_adapters():
             cards.setdefault(adapter.name, _adapter_card(serving, adapter))
         return _json(page(list(cards.values()), False))
 

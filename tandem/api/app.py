@@ -26,9 +26,11 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tandem import __version__
-from tandem.api import adapters, admin, finetuning, openai
+from tandem.api import adapters, admin, finetuning, openai, tinker
 from tandem.api.serving import Serving
 from tandem.api.stream import error_body
+from tandem.api.tinker_downloads import DOWNLOAD_PREFIX
+from tandem.api.tinker_sessions import Patience
 from tandem.config import JobsConfig, ServerConfig
 from tandem.engine.client import EngineClient
 from tandem.errors import InvalidRequest, Overloaded, TandemError
@@ -53,11 +55,12 @@ def build_app(
     max_loras: int = 0,
     jobs: Jobs | None = None,
     jobs_config: JobsConfig | None = None,
+    patience: Patience | None = None,
 ) -> FastAPI:
     """The app for a started engine. `lora_root`: see `AdapterConfig`; `max_loras` is only shown in the metrics.
 
     `jobs` is what was opened with `jobs_config` (default: its defaults). Without it there are no fine-tuning routes,
-    and adapters are only those that the engine has.
+    none of Tinker's, and adapters are only those that the engine has. `patience`: how long Tinker's sessions wait.
     """
     jobs_config = jobs_config or JobsConfig()
     exports = Path(jobs_config.state_dir).expanduser() / "exports"
@@ -72,6 +75,7 @@ def build_app(
     app.include_router(admin.router(serving, exposition))
     if jobs is not None:
         app.include_router(finetuning.router(serving, jobs, jobs_config))
+        app.include_router(tinker.router(serving, jobs.root / "tinker", patience))
     app.add_route("/docs", _docs, include_in_schema=False)
     app.add_exception_handler(TandemError, _on_tandem_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
@@ -128,7 +132,8 @@ class Gate:
             self._telemetry.in_flight -= 1
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Response | None:
-        if self._key is not None and self._path(scope) not in OPEN_PATHS and not self._has_key(headers):
+        is_open = self._path(scope) in OPEN_PATHS or self._path(scope).startswith(DOWNLOAD_PREFIX)
+        if self._key is not None and not is_open and not self._has_key(headers):
             message = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
             return _error(401, message, "authentication_error", "invalid_api_key")
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
@@ -152,7 +157,9 @@ class Gate:
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         assert self._key is not None
-        return hmac.compare_digest(given, self._key)
+        # Tinker's SDK takes no key without this prefix; both are compared whatever the first one says.
+        is_plain, is_prefixed = (hmac.compare_digest(given, prefix + self._key) for prefix in (b"", b"tml-"))
+        return is_plain or is_prefixed
 
     def _bounded(self, receive: Receive, limit: int) -> Receive:
         """For bodies that do not say their length: stop reading where the limit is passed."""

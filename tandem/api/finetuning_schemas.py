@@ -51,6 +51,12 @@ BatchSize = Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)]
 Multiplier = Literal["auto"] | Annotated[float, Field(gt=0, le=1e6)]
 
 
+REINFORCEMENT = (
+    "the method 'reinforcement' is not supported: write the loop yourself with rewards of your own (see "
+    "examples/rl_arithmetic.py), or use 'supervised' or 'dpo'"
+)
+
+
 class Hyperparameters(Strict):
     n_epochs: Epochs = "auto"
     batch_size: BatchSize = "auto"
@@ -61,21 +67,39 @@ class Supervised(Strict):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-def _only_supervised(kind: Any) -> Any:
-    if kind in ("dpo", "reinforcement"):
-        raise ValueError(f"the method '{kind}' is not supported yet: use 'supervised'")
+class PreferenceHyperparameters(Hyperparameters):
+    beta: Literal["auto"] | Annotated[float, Field(gt=0, le=2)] = "auto"
+
+
+class Preference(Strict):
+    hyperparameters: PreferenceHyperparameters = PreferenceHyperparameters()
+
+
+def _no_reinforcement(kind: Any) -> Any:
+    if kind == "reinforcement":
+        raise ValueError(REINFORCEMENT)
     return kind
 
 
 class Method(Strict):
-    type: Annotated[Literal["supervised"], BeforeValidator(_only_supervised)]
+    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_no_reinforcement)]
     supervised: Supervised = Supervised()
+    dpo: Preference = Preference()
 
     @classmethod
     def hint(cls, name: str) -> str:
-        if name in ("dpo", "reinforcement"):
-            return ": this method is not supported yet, use 'supervised'"
-        return super().hint(name)
+        return f": {REINFORCEMENT}" if name == "reinforcement" else super().hint(name)
+
+    @model_validator(mode="after")
+    def _one(self) -> Method:
+        other = ({"supervised", "dpo"} - {self.type}) & self.model_fields_set
+        if other:
+            raise InvalidRequest(f"method.type is {self.type}: remove method.{other.pop()}", "method")
+        return self
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        return self.dpo.hyperparameters if self.type == "dpo" else self.supervised.hyperparameters
 
 
 def _as_list(targets: Any) -> Any:
@@ -110,6 +134,7 @@ class Tandem(Strict):
     checkpoint_every: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     validate_every: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     format: Annotated[str, AfterValidator(_is_format)] | None = None
+    optimizer: Literal["adamw", "adamw8bit", "sgd", "lion", "adafactor", "muon", "mezo"] | None = None
 
     def to_record(self) -> TandemExtras:
         given = {name: getattr(self, name) for name in self.model_fields_set}
@@ -157,17 +182,21 @@ class JobBody(Strict):
             return f': put it into "tandem" (extra_body={{"tandem": {{"{name}": ...}}}} with the SDK)'
         if name in Hyperparameters.model_fields:
             return ": put it into method.supervised.hyperparameters"
+        if name == "beta":
+            return ": put it into method.dpo.hyperparameters"
         return super().hint(name)
 
     @model_validator(mode="after")
     def _once(self) -> JobBody:
-        inner = self.method.supervised.hyperparameters if self.method else None
+        inner = self.method.hyperparameters if self.method else None
         if self.hyperparameters and inner and inner.model_fields_set and inner != self.hyperparameters:
-            raise InvalidRequest("differs from method.supervised.hyperparameters: send one of them", "hyperparameters")
+            assert self.method is not None
+            where = f"method.{self.method.type}.hyperparameters"
+            raise InvalidRequest(f"differs from {where}: send one of them", "hyperparameters")
         return self
 
     def to_record(self) -> JobRequest:
-        inner = self.method.supervised.hyperparameters if self.method else Hyperparameters()
+        inner = self.method.hyperparameters if self.method else Hyperparameters()
         chosen = inner if inner.model_fields_set or not self.hyperparameters else self.hyperparameters
         return JobRequest(
             model=self.model,
@@ -179,6 +208,8 @@ class JobBody(Strict):
             n_epochs=chosen.n_epochs,
             batch_size=chosen.batch_size,
             learning_rate_multiplier=chosen.learning_rate_multiplier,
+            method=self.method.type if self.method else "supervised",
+            beta=inner.beta if isinstance(inner, PreferenceHyperparameters) else "auto",
             tandem=self.tandem.to_record(),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.message
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from tandem.config import ServerConfig
+from tandem.config import DEMO_MODEL, ServerConfig
 from tandem.engine.client import EngineClient
 from tandem.errors import ContextTooLong, InvalidRequest, NotFound
 from tandem.telemetry import Telemetry
 from tandem.tokenizer import Tokenizer
-from tandem.work import EngineReport
+from tandem.work import Adapter, EngineReport
 
 if TYPE_CHECKING:
     from tandem.jobs.records import AdapterRecord
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 class Serving:
     """One per app. `lora_root`: the directory outside of which no adapter is read (None: anywhere). `jobs`: None where
     there is no fine-tuning and no registry of adapters. `exports`: where adapters may be written beside `lora_root`.
-    `ignored_fields`: the unknown request fields that were logged already. `adapter_locks`: those held or waited for."""
+    `ignored_fields`: the unknown request fields that were logged already. `adapter_locks`: those held or waited for.
+    `more_models`: who else may know a model's name, and have the engine's adapter for it."""
 
     engine: EngineClient
     tokenizer: Tokenizer
@@ -45,6 +46,7 @@ class Serving:
     ignored_fields: set[str] = field(default_factory=set)
     adapter_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     created: int = field(default_factory=lambda: int(time.time()))
+    more_models: list[Callable[[str], Awaitable[str | None]]] = field(default_factory=list)
 
     @property
     def report(self) -> EngineReport:
@@ -59,9 +61,18 @@ class Serving:
     def model_name(self) -> str:
         return self.model_names[0]
 
+    @property
+    def tokenizer_id(self) -> str:
+        """What loads the same tokenizer elsewhere: a hub id, or a directory."""
+        return str(DEMO_MODEL) if self.report.model == "demo" else self.report.model
+
     def is_base(self, model: str | None) -> bool:
         """Whether this is a name of the base model, or none at all."""
-        return model is None or model in self.model_names or model == self.report.model
+        return model is None or model in self.model_names or model in (self.report.model, self.tokenizer_id)
+
+    def visible_adapters(self) -> list[Adapter]:
+        """Those of the engine for everybody to see: not the ones of somebody's training loop."""
+        return [adapter for adapter in self.engine.adapters.values() if not adapter.name.startswith("tinker:")]
 
     async def resolve(self, model: str | None) -> str | None:
         """The engine's adapter that a model name stands for, None for the base model.
@@ -77,6 +88,9 @@ class Serving:
             found = self.jobs.resident_now(model)
             if found is None:
                 found = await self.jobs.resident(model)
+        for ask in self.more_models:
+            if found is None:
+                found = await ask(model)
         if found is None:
             raise self.unknown(model)
         return found

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import sys
 import tarfile
 import threading
@@ -229,6 +230,58 @@ def real(tiny_model, tmp_path_factory):
     with JobsServer(lambda: EngineClient.start(config), tokenizer, tmp_path_factory.mktemp("state")) as server:
         server.model = model
         yield server
+
+
+PREFERENCES = [
+    {
+        "input": {"messages": [{"role": "user", "content": f"Fact {i}?"}]},
+        "preferred_output": [{"role": "assistant", "content": f"It is {i * 7}."}],
+        "non_preferred_output": [{"role": "assistant", "content": f"No idea about {i}."}],
+    }
+    for i in range(8)
+]
+
+
+def test_preferences_for_real(real):
+    """The answers that were preferred become likelier, relative to the model it began from, and the others less."""
+    file_id = real.upload(PREFERENCES)
+    job = real.create(
+        model="tiny", training_file=file_id, validation_file=real.upload(PREFERENCES[:4]), seed=1,
+        method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.5, "n_epochs": 3, "batch_size": 4}}},
+        extra_body={"tandem": {"rank": 4, "learning_rate": 0.02, "schedule": "constant"}},
+    )  # fmt: skip
+    assert job.method.type == "dpo" and job.method.dpo.hyperparameters.beta == 0.5
+    done = real.until(job, "succeeded")
+    metrics = [event.data for event in real.client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"][::-1]
+    assert len(metrics) == 6 and metrics[0]["train_loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert metrics[-1]["train_loss"] < 0.4 and metrics[-1]["train_reward_margin"] > 0.5
+    assert metrics[-1]["train_reward_accuracy"] == 1.0 and metrics[-1]["valid_loss"] < 0.4
+    again = real.create(
+        model=done.fine_tuned_model, training_file=file_id, seed=1,
+        method={"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 1}}},
+    )  # fmt: skip
+    done = real.until(again, "succeeded")
+    assert done.method.dpo.hyperparameters.beta == 0.1, "auto"
+    first = [e.data for e in real.client.fine_tuning.jobs.list_events(again.id) if e.type == "metrics"][-1]
+    assert first["train_loss"] == pytest.approx(0.693147, abs=1e-3), "its reference is the adapter it goes on from"
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw8bit", "mezo"])
+def test_other_optimizers_for_real(real, optimizer):
+    job = real.create(model="tiny", training_file=real.upload(), hyperparameters={"n_epochs": 1, "batch_size": 4},
+                      extra_body={"tandem": {"rank": 4, "learning_rate": 1e-3, "optimizer": optimizer}})  # fmt: skip
+    assert real.until(job, "succeeded").tandem["optimizer"] == optimizer
+
+
+def test_a_bad_preference_fails_the_job_with_its_line(both):
+    wrong = {**PREFERENCES[0], "preferred_output": PREFERENCES[0]["non_preferred_output"]}
+    for rows, words in (([*PREFERENCES, wrong], "train.jsonl:9.*the same"), (ROWS, "train.jsonl:1.*has no 'input'")):
+        job = both.create(model="tiny", training_file=both.upload(rows), method={"type": "dpo"})
+        deadline = time.monotonic() + 30
+        while (found := both.retrieve(job.id)).status != "failed":
+            assert time.monotonic() < deadline, found
+            time.sleep(0.02)
+        assert found.error.param == "training_file" and re.search(words, found.error.message)
 
 
 def test_training_and_serving_for_real(real, tmp_path):
