@@ -40,16 +40,24 @@ def option(default, help: str, **extra):  # noqa: ANN001, ANN201
 class ModelConfig:
     """Which weights, on what."""
 
-    model: str = option("demo", "Hugging Face directory or hub id; 'demo' is the embedded model")
-    tokenizer: str | None = option(None, "tokenizer directory or hub id, if not the model's own")
+    model: str = option(
+        "demo", "Hugging Face directory, GGUF file, hub id or ORG/REPO:Q4_K_M; 'demo' is the embedded model"
+    )
+    tokenizer: str | None = option(None, "tokenizer directory, GGUF file or hub id, if not the model's own")
     revision: str | None = option(None, "hub revision (branch, tag or commit)")
     dtype: str = option("auto", "weights and activations", choices=("auto", "float32", "bfloat16"))
+    quantization: str = option(
+        "none", "store linear layers in fewer bits, computed while loading (CPU only)", choices=("none", "int8", "int4")
+    )
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     max_model_len: int | None = option(
         None, "longest context in tokens (default: the model's own, or what memory allows)", low=1
     )
     num_threads: int | None = option(
         None, "CPU threads of the engine (default: all cores)", low=1, env="OMP_NUM_THREADS"
+    )
+    cpu_isa: str = option(
+        "auto", "instruction set of the CPU kernels", choices=("auto", "amx", "avx512", "avx2", "torch")
     )
     seed: int = option(0, "seeds the random numbers of requests that bring no seed")
 

@@ -5,6 +5,7 @@
     │   ├── ContextTooLong    400  prompt or prompt + max_tokens does not fit the model or the cache
     │   └── DataError         400  a training file cannot be used; says which line and what to do
     ├── NotFound              404  no such model, adapter, job or file
+    ├── Gone                  410  it was here and is no longer: an expired session, future or set of weights
     ├── Conflict              409  the name is taken, or the thing is in use
     ├── Overloaded            429  the queue is full or the predicted wait too long; carries retry_after seconds
     ├── ModelError                 a model or adapter directory cannot be run (names the field or tensor)
@@ -48,6 +49,10 @@ class DataError(InvalidRequest):
 
 class NotFound(TandemError):
     status = 404
+
+
+class Gone(TandemError):
+    status = 410
 
 
 class Conflict(TandemError):

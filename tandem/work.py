@@ -54,11 +54,20 @@ class Example(msgspec.Struct, frozen=True, array_like=True):
 
     `weights[i]` is what that prediction counts in the loss, sum(weight * -log p(target)); 0 leaves it out. All three
     have the same length. A batch's mean loss is the caller's: weights divided by their sum over the batch.
+
+    For losses beyond cross-entropy (`finetune/losses.py` has the formulas), each as long as the tokens: `logprobs` are
+    those of the targets when they were sampled, or a reference model's for dpo (empty: the engine computes them);
+    `advantages` say how good each choice was. For cross-entropy with soft targets, position i has
+    sum_k soft_weights[i][k] * -log p(soft_targets[i][k]) in place of its target's, times weights[i] all the same.
     """
 
     tokens: list[int]
     targets: list[int]
     weights: list[float]
+    logprobs: list[float] = []
+    advantages: list[float] = []
+    soft_targets: list[list[int]] = []
+    soft_weights: list[list[float]] = []
 
 
 class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -74,8 +83,12 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: int = 0
 
 
-class AdamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One update by AdamW (torch's formula). `max_grad_norm` 0 does not clip."""
+class OptimParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One update by the optimizer `kind` (`finetune/optimizer.py` has the formulas): adamw, adamw8bit, sgd, lion,
+    adafactor or muon. A run keeps its kind, because of its state. `max_grad_norm` 0 does not clip.
+
+    beta1, beta2: adamw, adamw8bit, lion. eps: adamw, adamw8bit. momentum: sgd (0 by default), muon (0.95).
+    """
 
     learning_rate: float
     beta1: float = 0.9
@@ -83,14 +96,38 @@ class AdamParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
+    kind: str = "adamw"
+    momentum: float | None = None
+
+
+AdamParams = OptimParams
 
 
 class Pass(msgspec.Struct, frozen=True, tag=True):
-    """Forward over some examples, and backward if it `learns`: gradients add up until the next Update."""
+    """Forward over some examples, and backward if it `learns`: gradients add up until the next Update.
+
+    `loss` and `loss_params`: see `finetune/losses.py`. dpo takes examples in pairs, the preferred one first.
+    `wants_logprobs`: the report has the log-probability of every position's target, also where the weight is 0.
+    `frozen`: with the adapter that the run began from, or the base model where it began afresh; then it cannot learn.
+    """
 
     run_id: str
     examples: list[Example]
     learns: bool = True
+    loss: str = "cross_entropy"
+    loss_params: dict[str, float] = {}
+    wants_logprobs: bool = False
+    frozen: bool = False
+
+    @property
+    def group_size(self) -> int:
+        """How many examples in a row belong together: their gradients depend on each other's losses."""
+        return 2 if self.loss == "dpo" else 1
+
+    def num_counted(self, index: int) -> int:
+        """Positions of an example that the head must look at."""
+        example = self.examples[index]
+        return len(example.tokens) if self.wants_logprobs else sum(weight != 0 for weight in example.weights)
 
 
 class Update(msgspec.Struct, frozen=True, tag=True):
@@ -100,14 +137,60 @@ class Update(msgspec.Struct, frozen=True, tag=True):
     params: AdamParams
 
 
+class Probe(msgspec.Struct, frozen=True, tag=True):
+    """One step without gradients (MeZO, `finetune/zeroth.py`): the loss of the examples at both ends of a line through
+    the weights, `radius` away in a direction drawn from `seed`, and a step along it. Of `params` the learning rate,
+    the weight decay and `max_grad_norm` count, here the largest slope. What passes have added up stays as it is."""
+
+    run_id: str
+    examples: list[Example]
+    params: OptimParams
+    seed: int
+    radius: float = 1e-3
+    loss: str = "cross_entropy"
+    loss_params: dict[str, float] = {}
+
+    def side(self) -> Pass:
+        """The forward pass at either end."""
+        return Pass(self.run_id, self.examples, False, self.loss, self.loss_params)
+
+
+class Nudge(msgspec.Struct, frozen=True):
+    """A part of a Probe: move the factors this far from where they were before it."""
+
+    run_id: str
+    seed: int
+    distance: float
+
+
 class Save(msgspec.Struct, frozen=True, tag=True):
-    """Write a run's adapter and its optimiser's state to a new directory."""
+    """Write a run's adapter, and its optimiser's state with it, to a new directory."""
 
     run_id: str
     path: str
+    with_optimizer: bool = True
 
 
-TrainOp = Pass | Update | Save
+class Restore(msgspec.Struct, frozen=True, tag=True):
+    """Put what a Save wrote into an open run of the same shape. Without its optimizer's state, that starts afresh;
+    gradients added up so far are gone."""
+
+    run_id: str
+    path: str
+    with_optimizer: bool = True
+
+
+class Publish(msgspec.Struct, frozen=True, tag=True):
+    """Let requests use the run's adapter as it is now: a new version of the adapter `name`, which never changes."""
+
+    run_id: str
+    name: str
+
+
+FileOp = Save | Restore
+# What goes over the factors piece by piece.
+FactorOp = Update | Probe | Nudge
+TrainOp = Pass | Update | Probe | Save | Restore | Publish
 
 # ---------------------------------------------------------------- what one step does
 
@@ -293,8 +376,12 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class PassReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What one forward_backward or forward over some examples found, summed over their positions with a weight.
 
-    `loss` is the sum of weight * -log p; `num_tokens` the positions, `num_correct` those whose target was the likeliest
-    token; `nll` the sum of -log p without weights, so that nll / num_tokens is the mean loss per trained token.
+    `loss` is the loss, always a sum, never a mean; `num_tokens` the positions, `num_correct` those whose target was the
+    likeliest token; `nll` the sum of -log p without weights, so that nll / num_tokens is the mean loss per trained
+    token. `metrics` are sums too; which there are is the loss's (`finetune/losses.py`).
+
+    `logprobs`, where asked for: one list per example, in it one number per position, whatever its weight; for an
+    example with soft targets one per soft target, those of position 0 first.
     """
 
     loss: float
@@ -302,6 +389,8 @@ class PassReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_tokens: int
     num_correct: int
     seconds: float = 0.0
+    logprobs: list[list[float]] = []
+    metrics: dict[str, float] = {}
 
 
 class UpdateReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -317,4 +406,11 @@ class SizeReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     bytes_needed: int
 
 
-TrainReport = RunReport | PassReport | UpdateReport | SizeReport
+class PublishReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The adapter version that a run was published as, and how long the engine took."""
+
+    adapter: Adapter
+    seconds: float = 0.0
+
+
+TrainReport = RunReport | PassReport | UpdateReport | SizeReport | PublishReport

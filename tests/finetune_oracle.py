@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tandem.model.spec import load_spec, targets
-from tandem.work import AdamParams, Example, LoraConfig, Pass, PassReport, TrainOp, Update, UpdateReport
+from tandem.work import OptimParams, Example, LoraConfig, Pass, PassReport, TrainOp, Update, UpdateReport
 
 Factors = dict[tuple[int, str], tuple[Tensor, Tensor]]
 PARAMETER = re.compile(r"layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.default\.weight$")
@@ -182,7 +182,7 @@ class PeftRun:
             num_correct += int((logits_LV.argmax(-1) == targets_L)[counts_L].sum())
         return PassReport(loss=loss, nll=nll, num_tokens=num_tokens, num_correct=num_correct)
 
-    def optim_step(self, params: AdamParams) -> UpdateReport:
+    def optim_step(self, params: OptimParams) -> UpdateReport:
         group = self._adamw.param_groups[0]
         group["lr"], group["betas"] = params.learning_rate, (params.beta1, params.beta2)
         group["eps"], group["weight_decay"] = params.eps, params.weight_decay

@@ -21,7 +21,7 @@ LAYERS = [
     {"scheduler", "memory", "model", "finetune"},
     {"ops"},
     {"tokenizer", "telemetry"},
-    {"config", "hub"},
+    {"config", "hub", "gguf"},
     {"work", "errors"},
 ]
 RANK = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tandem.cli import options, serve
 from tandem.config import DEMO_MODEL, ModelConfig, option
-from tandem.hub import resolve_model
+from tandem.hub import is_gguf, resolve_model
 
 if TYPE_CHECKING:
     from tandem.model.footprint import Held
@@ -49,6 +49,8 @@ def run(namespace: argparse.Namespace) -> int:
     serve.one_model(namespace)
     wanted, model = options.resolve(namespace, MemoryOptions, ModelConfig)
     path = DEMO_MODEL if model.model == "demo" else resolve_model(model.model, model.revision)
+    if is_gguf(path):
+        raise ConfigError(f"{path}: the plain way needs transformers to load the model: give a Hugging Face directory")
     from tandem.finetune.losses import CHUNK_LOGITS
     from tandem.model import footprint
     from tandem.model.spec import load_spec

@@ -21,7 +21,7 @@ from tandem.cli.latency import Trial
 from tandem.cli.workload import Arrival
 from tandem.engine.client import EngineClient
 from tandem.errors import InvalidRequest, Overloaded, TandemError
-from tandem.work import AdamParams, Example, LoraConfig, Request, SamplingParams
+from tandem.work import OptimParams, Example, LoraConfig, Request, SamplingParams
 
 # Requests not answered so long after the last one came are cut off.
 DRAIN_S = 60.0
@@ -114,7 +114,7 @@ async def training(engine: EngineClient, job: Job | None, seed: int) -> AsyncIte
 
 async def _feed(engine: EngineClient, run_id: str, job: Job, seed: int) -> None:
     """Keep STEPS_IN_FLIGHT optimiser steps on their way, until cancelled. Raises what a step failed with."""
-    params = AdamParams(learning_rate=1e-4, max_grad_norm=1.0)
+    params = OptimParams(learning_rate=1e-4, max_grad_norm=1.0)
     sent: deque[asyncio.Future] = deque()
     try:
         for batch in job.batches(engine.report.vocab_size, seed):

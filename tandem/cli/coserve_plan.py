@@ -28,7 +28,7 @@ from tandem.cli.latency import Trial
 from tandem.cli.workload import Arrival, Shape
 from tandem.config import DEMO_MODEL, EngineConfig
 from tandem.engine.client import EngineClient
-from tandem.hub import resolve_model
+from tandem.hub import is_gguf, resolve_model
 
 # Requests of a closed loop before they come round again.
 LOOP_REQUESTS = 512
@@ -220,7 +220,10 @@ class Plan:
 
     def _model_path(self) -> str:
         model = self.config.model
-        return str(DEMO_MODEL if model.model == "demo" else resolve_model(model.model, model.revision))
+        path = DEMO_MODEL if model.model == "demo" else resolve_model(model.model, model.revision)
+        if is_gguf(path):
+            raise ConfigError(f"{path}: the other programs need a Hugging Face directory, not a GGUF file")
+        return str(path)
 
     def _dtype(self) -> str:
         """The dtype that the engine chooses, which the peers are to use as well."""

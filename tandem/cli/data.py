@@ -69,11 +69,16 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def context_of(model: str) -> int:
-    """The longest context of a model directory, from its config.json. Raises ConfigError where it does not say."""
-    from tandem.hub import TOKENIZER_FILES, resolve_model
+    """The longest context of a model, from its config.json or GGUF file. Raises ConfigError where it does not say."""
+    from tandem.gguf.container import read_gguf
+    from tandem.hub import TOKENIZER_FILES, is_gguf, resolve_model
 
-    path = resolve_model(model, None, TOKENIZER_FILES) / "config.json"
+    where = resolve_model(model, None, TOKENIZER_FILES)
+    path = where / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if is_gguf(where):
+        gguf = read_gguf(where)
+        fields = {"max_position_embeddings": gguf.metadata.get(f"{gguf.architecture}.context_length")}
     found = fields.get("max_position_embeddings") or fields.get("text_config", {}).get("max_position_embeddings")
     if not isinstance(found, int):
         raise ConfigError(f"{model} does not say how long its context is: give --max-seq-len N")

@@ -26,7 +26,7 @@ _REFUSED = {
         master-addr master-port max-parallel-loading-workers disable-custom-all-reduce ray-workers-use-nsight
         worker-cls worker-extension-cls headless api-server-count enable-dbo dbo-decode-token-threshold""",
     "it runs weights and cache in float32 or bfloat16 only so far": """
-        quantization kv-cache-dtype calculate-kv-scales kv-cache-dtype-skip-layers""",
+        kv-cache-dtype calculate-kv-scales kv-cache-dtype-skip-layers""",
     "weights and cache stay where --device says; there is no second tier of memory so far": """
         cpu-offload-gb cpu-offload-params kv-offloading-size kv-offloading-backend enable-sleep-mode num-gpu-blocks""",
     "there is no speculative decoding so far": """

@@ -23,15 +23,19 @@ from tandem.config import EngineConfig
 from tandem.engine import messages
 from tandem.errors import EngineDead, Overloaded, TandemError
 from tandem.work import (
-    AdamParams,
     Adapter,
     EngineReport,
     EngineStats,
     Example,
     LoraConfig,
+    OptimParams,
     Pass,
     PassReport,
+    Probe,
+    Publish,
+    PublishReport,
     Request,
+    Restore,
     RunReport,
     Save,
     TokenEvent,
@@ -159,6 +163,10 @@ class EngineClient:
     def max_num_queued_reqs(self) -> int:
         return self._config.scheduler.max_num_queued_reqs
 
+    @property
+    def max_resident_adapters(self) -> int:
+        return self._config.adapters.max_cpu_loras
+
     def submit(self, request: Request) -> Stream:
         """Hand a request to the engine. Raises Overloaded or EngineDead at once; never waits."""
         if self.dead is not None:
@@ -198,6 +206,11 @@ class EngineClient:
         """Unpublish `name`; requests that use it finish with it. Raises NotFound, EngineDead."""
         await self._call(lambda call_id: messages.UnloadAdapter(call_id, name))
 
+    def retire_adapter(self, name: str) -> asyncio.Future[None]:
+        """`unload_adapter` whose message goes out at once, before that of any call that follows."""
+        self.adapters.pop(name, None)
+        return self._ask(lambda call_id: messages.UnloadAdapter(call_id, name))
+
     # ------------------------------------------------------------ training
     # The message goes out when the method is called; a run's operations are executed in the order of the calls. All
     # futures may raise EngineDead, those of operations Cancelled once their run is closed.
@@ -221,21 +234,48 @@ class EngineClient:
             lambda call_id: messages.OpenRun(call_id, run_id, lora, init_from, resume_from, priority)
         )  # fmt: skip
 
-    def forward_backward(self, run_id: str, examples: list[Example]) -> asyncio.Future[PassReport]:
-        """Loss and gradients of some examples; gradients add up until the next `optim_step`."""
-        return self._ask(lambda call_id: messages.Train(call_id, Pass(run_id, examples)))
+    def forward_backward(
+        self, run_id: str, examples: list[Example], loss: str = "cross_entropy",
+        loss_params: dict[str, float] | None = None, wants_logprobs: bool = False,
+    ) -> asyncio.Future[PassReport]:  # fmt: skip
+        """Loss and gradients of some examples; gradients add up until the next `optim_step`. Raises InvalidRequest
+        for examples that do not fit the loss; nothing has been changed then."""
+        op = Pass(run_id, examples, True, loss, loss_params or {}, wants_logprobs)
+        return self._ask(lambda call_id: messages.Train(call_id, op))
 
-    def forward(self, run_id: str, examples: list[Example]) -> asyncio.Future[PassReport]:
+    def forward(
+        self, run_id: str, examples: list[Example], loss: str = "cross_entropy",
+        loss_params: dict[str, float] | None = None, wants_logprobs: bool = False,
+    ) -> asyncio.Future[PassReport]:  # fmt: skip
         """The loss alone."""
-        return self._ask(lambda call_id: messages.Train(call_id, Pass(run_id, examples, learns=False)))
+        op = Pass(run_id, examples, False, loss, loss_params or {}, wants_logprobs)
+        return self._ask(lambda call_id: messages.Train(call_id, op))
 
-    def optim_step(self, run_id: str, params: AdamParams) -> asyncio.Future[UpdateReport]:
+    def optim_step(self, run_id: str, params: OptimParams) -> asyncio.Future[UpdateReport]:
         """One update with the gradients added up so far. Raises Diverged; the weights are those before it then."""
         return self._ask(lambda call_id: messages.Train(call_id, Update(run_id, params)))
 
-    def save_run(self, run_id: str, path: str) -> asyncio.Future[None]:
+    def probe(
+        self, run_id: str, examples: list[Example], params: OptimParams, seed: int, radius: float = 1e-3
+    ) -> asyncio.Future[PassReport]:
+        """One step without gradients: forward passes alone, which ride in serving's (see `work.Probe`)."""
+        return self._ask(
+            lambda call_id: messages.Train(call_id, Probe(run_id, examples, params, seed, radius))
+        )  # fmt: skip
+
+    def save_run(self, run_id: str, path: str, with_optimizer: bool = True) -> asyncio.Future[None]:
         """Write the run to a new directory, whole or not at all. Raises TandemError."""
-        return self._ask(lambda call_id: messages.Train(call_id, Save(run_id, str(path))))
+        return self._ask(lambda call_id: messages.Train(call_id, Save(run_id, str(path), with_optimizer)))
+
+    def load_run(self, run_id: str, path: str, with_optimizer: bool = True) -> asyncio.Future[None]:
+        """Put what `save_run` wrote into the run, which has the same shape. Without its optimizer's state that starts
+        afresh. Raises ModelError, InvalidRequest; the run is as it was then."""
+        return self._ask(lambda call_id: messages.Train(call_id, Restore(run_id, str(path), with_optimizer)))
+
+    def publish(self, run_id: str, name: str) -> asyncio.Future[PublishReport]:
+        """Let requests use the run as it is now, as the newest version of the adapter `name`. In memory only. Raises
+        Conflict where no more adapters may be resident."""
+        return self._ask(lambda call_id: messages.Train(call_id, Publish(run_id, name)))
 
     def close_run(self, run_id: str) -> asyncio.Future[None]:
         """End a run. What it has queued fails with Cancelled."""
@@ -329,6 +369,8 @@ class EngineClient:
                     else:
                         future.set_exception(error.restore())
             case messages.Trained(call_id=call_id, report=report, error=error):
+                if isinstance(report, PublishReport):
+                    self.adapters[report.adapter.name] = report.adapter
                 if (future := self._calls.get(call_id)) and not future.done():
                     if error is None:
                         future.set_result(report)

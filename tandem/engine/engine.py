@@ -6,7 +6,6 @@ No text, no HTTP, no processes: those are `tokenizer`, `api` and `engine/client`
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from tandem.engine.sampler import Draw
 from tandem.engine.training import Report, Training
 from tandem.engine.worker import RowInput, Worker
 from tandem.errors import ContextTooLong, InvalidRequest, Overloaded, TandemError
+from tandem.finetune.inputs import check_pass, check_probe, check_update
 from tandem.finetune.run import LayerPairs, Pair
 from tandem.memory import arena
 from tandem.memory.adapters import AdapterTable
@@ -33,15 +33,19 @@ from tandem.scheduler.budget import Load, Measurement
 from tandem.scheduler.replay import PlanRecord
 from tandem.scheduler.state import Row, State
 from tandem.work import (
-    AdamParams,
     Adapter,
     EngineReport,
     EngineStats,
     Example,
     LoraConfig,
+    OptimParams,
     Pass,
     PassReport,
+    Probe,
+    Publish,
+    PublishReport,
     Request,
+    Restore,
     RunReport,
     SamplingParams,
     Save,
@@ -163,13 +167,16 @@ class Engine:
 
     def load_adapter(self, name: str, path: str, weights: AdapterWeights | None = None) -> Adapter:
         """Publish a PEFT directory as the newest version of `name`. Raises ModelError, InvalidRequest, Conflict."""
-        if not name or name == self.config.model.model:
-            raise InvalidRequest(f"{name!r} cannot name an adapter: it is empty or the base model's", "lora_name")
+        self._check_name(name)
         weights = weights or self.worker.read_adapter(path)
         adapter = self.adapters.publish(name, weights.rank, str(path), weights.base_model)
         self.worker.install(adapter.version, weights)
         self._forget(self.adapters.take_freed())
         return adapter
+
+    def _check_name(self, name: str) -> None:
+        if not name or name == self.config.model.model:
+            raise InvalidRequest(f"{name!r} cannot name an adapter: it is empty or the base model's", "lora_name")
 
     def unload_adapter(self, name: str) -> None:
         """Unpublish `name` at once; its bytes go with the last request that uses it. Raises NotFound."""
@@ -190,6 +197,7 @@ class Engine:
         """One iteration: everything that runs advances, within the plan's limits. `deliver` gets the news as soon as
         the forward pass is done, before the training slices; they are returned too."""
         self.training.begin()
+        self._forget(self.training.take_gone())
         snapshot, limits = self._snapshot(), replace(self.limits, train=self.training.limits)
         plan = policy.plan(snapshot, limits)
         self.training.reserve(plan)
@@ -387,9 +395,13 @@ class Engine:
         """Add an operation to its run's queue; `take_reports` has what came of it under the id returned. Raises
         NotFound (no such run) and InvalidRequest."""
         if isinstance(op, Pass):
-            self._check_examples(op)
-        if isinstance(op, Update) and not (0 <= op.params.beta1 < 1 and 0 <= op.params.beta2 < 1 and op.params.eps > 0):
-            raise InvalidRequest("beta1 and beta2 must be at least 0 and below 1, eps above 0", "params")
+            check_pass(op, self.worker.spec.vocab_size, self.worker.max_model_len)
+        if isinstance(op, Probe):
+            check_probe(op, self.worker.spec.vocab_size, self.worker.max_model_len)
+        if isinstance(op, Update):
+            check_update(op.params)
+        if isinstance(op, Publish):
+            self._check_name(op.name)
         return self.training.enqueue(op)
 
     def close_run(self, run_id: str) -> None:
@@ -400,42 +412,43 @@ class Engine:
         """What has come of operations since the last call, by id."""
         return self.training.take_reports()
 
-    def _check_examples(self, op: Pass) -> None:
-        vocab, longest = self.worker.spec.vocab_size, self.worker.max_model_len
-        if not op.examples:
-            raise InvalidRequest("there are no examples: send at least one", "examples")
-        for i, example in enumerate(op.examples):
-            length = len(example.tokens)
-            if not length or not length == len(example.targets) == len(example.weights):
-                raise InvalidRequest(
-                    f"example {i} has {length} tokens, {len(example.targets)} targets and {len(example.weights)} "
-                    "weights: give equally many of each, at least one",
-                    "examples",
-                )
-            if length > longest:
-                raise ContextTooLong(f"example {i} has {length} tokens, the context is {longest}", "examples")
-            if not all(0 <= t < vocab for ids in (example.tokens, example.targets) for t in ids):
-                raise InvalidRequest(f"example {i} has a token id outside the vocabulary of {vocab}", "examples")
-            if not all(math.isfinite(w) for w in example.weights):
-                raise InvalidRequest(f"example {i} has a weight that is not a finite number", "examples")
-
     # ------------------------------------------------------------ offline use
 
-    def forward_backward(self, run_id: str, examples: Sequence[Example]) -> PassReport:
+    def forward_backward(
+        self, run_id: str, examples: Sequence[Example], loss: str = "cross_entropy",
+        loss_params: dict[str, float] | None = None, wants_logprobs: bool = False,
+    ) -> PassReport:  # fmt: skip
         """One pass, stepping until it is done."""
-        return self._finish(Pass(run_id, list(examples)))
+        return self._finish(Pass(run_id, list(examples), True, loss, loss_params or {}, wants_logprobs))
 
-    def forward(self, run_id: str, examples: Sequence[Example]) -> PassReport:
+    def forward(
+        self, run_id: str, examples: Sequence[Example], loss: str = "cross_entropy",
+        loss_params: dict[str, float] | None = None, wants_logprobs: bool = False,
+    ) -> PassReport:  # fmt: skip
         """One pass without gradients, stepping until it is done."""
-        return self._finish(Pass(run_id, list(examples), learns=False))
+        return self._finish(Pass(run_id, list(examples), False, loss, loss_params or {}, wants_logprobs))
 
-    def optim_step(self, run_id: str, params: AdamParams) -> UpdateReport:
+    def optim_step(self, run_id: str, params: OptimParams) -> UpdateReport:
         """One optimiser step, stepping until it is done. Raises Diverged."""
         return self._finish(Update(run_id, params))
+
+    def probe(
+        self, run_id: str, examples: Sequence[Example], params: OptimParams, seed: int, radius: float = 1e-3
+    ) -> PassReport:
+        """One step without gradients, stepping until it is done. Raises Diverged."""
+        return self._finish(Probe(run_id, list(examples), params, seed, radius))
 
     def save_run(self, run_id: str, path: str | Path) -> None:
         """Write the run to a new directory. Raises TandemError."""
         self._finish(Save(run_id, str(path)))
+
+    def load_run(self, run_id: str, path: str | Path, with_optimizer: bool = True) -> None:
+        """Put what `save_run` wrote into an open run of the same shape. Raises ModelError, InvalidRequest."""
+        self._finish(Restore(run_id, str(path), with_optimizer))
+
+    def publish(self, run_id: str, name: str) -> PublishReport:
+        """Let requests use the run as it is now, as the newest version of the adapter `name`. Raises Conflict."""
+        return self._finish(Publish(run_id, name))
 
     def gradients(self, run_id: str) -> dict[tuple[int, str], Pair]:
         """By (layer, target): the gradients of a_RI and b_RO (lora_B transposed, without scaling), float32."""

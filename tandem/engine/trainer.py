@@ -12,22 +12,25 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from torch import Tensor
 
 from tandem.config import TrainingConfig
 from tandem.errors import BudgetError, InvalidRequest
-from tandem.finetune import checkpoint
-from tandem.finetune.losses import cross_entropy
+from tandem.finetune import checkpoint, zeroth
+from tandem.finetune.losses import Objective, Part, Totals
 from tandem.finetune.run import LayerPairs, Run
 from tandem.memory import arena
 from tandem.model.adapter import AdapterWeights, module_name, read_adapter
 from tandem.model.decoder import Decoder, Record
-from tandem.model.gradients import KEPT, Buffers, DenseLayer, Factors, Microbatch, TrainSequence, hash_64, logits
+from tandem.model.gradients import (
+    KEPT, Buffers, DenseLayer, LayerFactors, Microbatch, TrainSequence, hash_64, layer_factors, logits,
+)  # fmt: skip
 from tandem.model.spec import targets
-from tandem.scheduler.progress import Batch
+from tandem.scheduler.progress import Batch, Queued
 from tandem.scheduler.training import LARGEST_WINDOW
-from tandem.work import AdamParams, LoraConfig, Pass, PassReport, Segment, Slice, UpdateReport
+from tandem.work import LoraConfig, Nudge, Pass, PassReport, Probe, Segment, Slice, Update, UpdateReport
 
 # What training keeps between forward and backward when nobody says: this share of the free memory, at most so much.
 FREE_SHARE = 0.25
@@ -43,29 +46,19 @@ class Slot:
 
     run: Run
     layers: list[dict[str, tuple[Tensor, Tensor]]]
-    factors: list[dict[str, list[tuple[str, Factors]]]]
+    factors: LayerFactors
+    init_from: str | None = None
+    reference: LayerFactors | None = None  # the factors of `init_from`, once somebody has asked for them
     grad_norm: float = 0.0
-
-
-@dataclass(slots=True)
-class _Totals:
-    """What the loss slices of one operation add up to."""
-
-    loss: float = 0.0
-    nll: float = 0.0
-    num_tokens: int = 0
-    num_correct: int = 0
+    anchor_P: Tensor | None = None  # the weights before the probe under way
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A microbatch with what its loss needs: targets and weights of the M tokens that count, and whose they are."""
+    """A microbatch with its losses."""
 
     micro: Microbatch
-    counted_M: Tensor
-    targets_M: Tensor
-    weights_M: Tensor
-    ops_M: list[int]
+    objective: Objective
     rows: dict[int, tuple[int, Sequence[int]]] = field(default_factory=dict)  # row -> (its first token, token ids)
 
 
@@ -84,7 +77,9 @@ class Trainer:
         self.slots: dict[int, Slot] = {}
         self.dense = DenseLayer(decoder)
         self._flights: dict[int, _Flight] = {}
-        self._totals: dict[int, _Totals] = {}
+        self._totals: dict[int, Totals] = {}
+        self._references: dict[int, Mapping[int, list[float]]] = {}
+        self._sides: dict[int, list[Totals]] = {}  # of probes, the farther one first
         self._kept_bytes = config.train_memory_bytes or self._default_kept_bytes()
         self._buffers = Buffers(self.batch_tokens(), decoder.dtype, device)
 
@@ -160,17 +155,25 @@ class Trainer:
              for name, (a, b) in layer.items()}
             for layer in run.weights
         ]  # fmt: skip
-        factors: list[dict[str, list[tuple[str, Factors]]]] = []
-        for layer, gradients in zip(working, run.gradients, strict=True):
-            by_linear: dict[str, list[tuple[str, Factors]]] = {}
-            for name, (a_RI, b_RO) in layer.items():
-                target = self.targets[name]
-                made = Factors(target.offset, a_RI, b_RO, *gradients[name], run.scaling)
-                by_linear.setdefault(target.linear, []).append((name, made))
-            factors.append(by_linear)
-        self.slots[version] = Slot(run, working, factors)
+        factors = layer_factors(working, run.gradients, self.targets, run.scaling)
+        self.slots[version] = Slot(run, working, factors, init_from)
         self._refresh(version)
         return run
+
+    def prepare_reference(self, version: int) -> None:
+        """Have at hand what a frozen pass uses: the adapter that the run began from. Raises ModelError."""
+        slot = self.slots[version]
+        if slot.reference is not None:
+            return
+        if slot.init_from is None:
+            slot.reference = [{} for _ in slot.layers]
+            return
+        dtype, scaling = self.decoder.dtype, slot.run.scaling
+        layers = [
+            {name: (a.to(dtype), (b * scaling).to(dtype)) for name, (a, b) in layer.items()}
+            for layer in self._unscaled(slot.run, slot.init_from)
+        ]
+        slot.reference = layer_factors(layers, layers, self.targets, scaling)  # it never learns: no gradients
 
     def _unscaled(self, run: Run, path: str) -> LayerPairs:
         """A PEFT directory's factors in float32, if they have the run's shape. Raises ModelError, InvalidRequest."""
@@ -204,9 +207,27 @@ class Trainer:
                 mine[name][0].copy_(a_RI)
                 mine[name][1].copy_(b_RO * slot.run.scaling)
 
-    def save(self, version: int, path: str) -> None:
+    def snapshot(self, version: int) -> AdapterWeights:
+        """The same as they are now: copies, which no update changes."""
+        slot = self.slots[version]
+        layers = tuple({name: (a.clone(), b.clone()) for name, (a, b) in layer.items()} for layer in slot.layers)
+        return AdapterWeights(slot.run.lora.rank, layers, self.base_model)
+
+    def save(self, version: int, path: str, with_optimizer: bool = True) -> None:
         """Write a run to a new directory; its weights must not change meanwhile. Raises TandemError."""
-        checkpoint.save(self.slots[version].run, path, module_name, self.base_model)
+        checkpoint.save(self.slots[version].run, path, module_name, self.base_model, with_optimizer)
+
+    def load(self, version: int, path: str, with_optimizer: bool) -> None:
+        """Put what `save` wrote into a run that has nothing under way. Raises ModelError, InvalidRequest; the run is as
+        it was then."""
+        run = self.slots[version].run
+        if with_optimizer:
+            checkpoint.restore(run, path)
+        else:
+            run.set_weights(self._unscaled(run, path))
+            run.renew_optimizer()
+        run.gradients_P.zero_()
+        self._refresh(version)
 
     # ------------------------------------------------------------ microbatches
 
@@ -214,10 +235,7 @@ class Trainer:
         """Make room for a microbatch; its first layer's input is computed."""
         sequences: list[TrainSequence] = []
         ids: list[int] = []
-        counted: list[int] = []
-        wanted: list[int] = []
-        weights: list[float] = []
-        ops: list[int] = []
+        parts: list[Part] = []
         rows: dict[int, tuple[int, Sequence[int]]] = {}
         for row in batch.rows:
             op, start = row.queued.op, len(ids)
@@ -227,25 +245,20 @@ class Trainer:
             key = hash_64(slot.run.lora.seed, slot.run.num_passes)
             slot.run.num_passes += op.learns
             dropout = slot.run.lora.dropout if op.learns else 0.0
-            sequences.append(TrainSequence(start, start + row.length, slot.factors, dropout, key))
+            factors = slot.reference if op.frozen else slot.factors
+            assert factors is not None
+            sequences.append(TrainSequence(start, start + row.length, factors, dropout, key))
             rows[row.row] = (start, example.tokens)
             ids += example.tokens
-            for i, weight in enumerate(example.weights):
-                if weight:
-                    counted.append(start + i)
-                    wanted.append(example.targets[i])
-                    weights.append(weight)
-                    ops.append(row.queued.op_id)
+            parts.append(Part(row.queued.op_id, op, row.index, start, start + row.length))
         with torch.no_grad():
             micro = Microbatch(
                 self.decoder, self.dense, sequences, self._tensor(ids), self._kept_layers(len(ids)), batch.learns,
                 self._buffers,
             )  # fmt: skip
-        counted_M, targets_M = self._tensor(counted), self._tensor(wanted)
-        weights_M = torch.tensor(weights, dtype=torch.float32, device=self.device)
-        self._flights[batch.batch_id] = _Flight(micro, counted_M, targets_M, weights_M, ops, rows)
+        self._flights[batch.batch_id] = _Flight(micro, Objective(parts, self.device), rows)
         for op_id in {row.queued.op_id for row in batch.rows}:
-            self._totals.setdefault(op_id, _Totals())
+            self._totals.setdefault(op_id, Totals())
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -294,12 +307,12 @@ class Trainer:
 
     # ------------------------------------------------------------ slices
 
-    def run(self, piece: Slice, params: AdamParams | None) -> float:
-        """Execute one slice; returns the seconds it took. `params` are an update's. Raises Diverged."""
+    def run(self, piece: Slice, due: Queued | None) -> float:
+        """Execute one slice; returns the seconds it took. `due` is an update's operation. Raises Diverged."""
         start = time.perf_counter()
         if piece.kind == "update":
-            assert params is not None
-            self._update(piece, params)
+            assert due is not None
+            self._move(piece, due)
         else:
             flight = self._flights[piece.batch]
             if piece.kind == "forward":
@@ -311,52 +324,89 @@ class Trainer:
         return time.perf_counter() - start
 
     def _loss(self, flight: _Flight, start: int, stop: int) -> None:
-        micro, part = flight.micro, slice(start, stop)
+        micro, objective = flight.micro, flight.objective
         hidden_ND = micro.input(micro.num_layers)
-        rows_M = flight.counted_M[part]
+        rows_M = objective.rows_M[start:stop]
         x_MD = hidden_ND[rows_M]
         grad_MD = torch.empty_like(x_MD) if micro.learns else None
-        found = cross_entropy(
-            x_MD, flight.targets_M[part], flight.weights_M[part],
-            lambda x: logits(self.decoder, self.dense, x), self.decoder.spec.vocab_size, grad_MD,
-        )  # fmt: skip
+        objective.score(
+            start, stop, x_MD, lambda x: logits(self.decoder, self.dense, x), self.decoder.spec.vocab_size, grad_MD
+        )
         if grad_MD is not None:
             if micro.grad_ND is None:
                 micro.grad_ND = torch.zeros_like(hidden_ND)
             micro.grad_ND[rows_M] = grad_MD
-        weighted = (found.nll_M * flight.weights_M[part]).tolist()
-        for op_id, nll, loss, best in zip(
-            flight.ops_M[part], found.nll_M.tolist(), weighted, found.is_best_M.tolist(), strict=True
-        ):
-            totals = self._totals.get(op_id)
-            if totals is None:  # its run was closed meanwhile
-                continue
-            totals.loss += loss
-            totals.nll += nll
-            totals.num_tokens += 1
-            totals.num_correct += best
+        if stop == len(objective.rows_M):
+            objective.finish(self._totals, self._references, micro.grad_ND)
 
-    def _update(self, piece: Slice, params: AdamParams) -> None:
+    def _move(self, piece: Slice, due: Queued) -> None:
         slot = self.slots[piece.batch]
-        run = slot.run
-        if piece.start == 0:
-            slot.grad_norm = run.optimizer.norm(run.gradients_P, params)
-        run.optimizer.update(run.weights_P, run.gradients_P, piece.start, piece.stop, params, slot.grad_norm)
-        if piece.stop == run.num_parameters:
-            run.optimizer.step += 1
+        run, op = slot.run, due.op
+        first, last = piece.start == 0, piece.stop == run.num_parameters
+        if isinstance(op, Update):
+            if first:
+                slot.grad_norm = run.optimizer.norm(run.gradients_P, op.params)
+            run.optimizer.update(run.weights_P, run.gradients_P, piece.start, piece.stop, op.params, slot.grad_norm)
+        else:
+            assert isinstance(op, Probe | Nudge)
+            if slot.anchor_P is None:
+                slot.anchor_P = run.weights_P.clone()
+            where = run.weights_P, slot.anchor_P, run.optimizer.matrices, piece.start, piece.stop, op.seed
+            if isinstance(op, Nudge):
+                zeroth.nudge(*where, op.distance)
+            else:
+                if first:
+                    higher, lower = self._sides[due.op_id]
+                    slot.grad_norm = zeroth.slope_of(higher.loss, lower.loss, op.radius, op.params)
+                zeroth.step(*where, slot.grad_norm, op.params)
+        if last:
+            if not isinstance(op, Nudge):
+                run.optimizer.step += 1
+                slot.anchor_P = None
             self._refresh(piece.batch)
 
-    def discard_gradients(self, version: int) -> None:
-        """Forget what passes have added up."""
-        self.slots[version].run.gradients_P.zero_()
+    def discard(self, version: int) -> None:
+        """Forget what passes have added up, and a probe that is half done."""
+        slot = self.slots[version]
+        slot.run.gradients_P.zero_()
+        self.undo_probe(version)
+
+    def undo_probe(self, version: int) -> None:
+        """Go back to the weights before the probe that is under way, if there is one."""
+        slot = self.slots[version]
+        if slot.anchor_P is not None:
+            slot.run.weights_P.copy_(slot.anchor_P)
+            slot.anchor_P = None
+            self._refresh(version)
 
     def pass_report(self, op_id: int, seconds: float) -> PassReport:
         """What a finished pass found."""
-        t = self._totals.pop(op_id, _Totals())
-        return PassReport(loss=t.loss, nll=t.nll, num_tokens=t.num_tokens, num_correct=t.num_correct, seconds=seconds)
+        self._references.pop(op_id, None)
+        return self._totals.pop(op_id, Totals()).report(seconds)
+
+    def help(self, helper: Queued, needed_by: int) -> None:
+        """An operation that another needs is done: a frozen pass by whose log-probabilities dpo judges, or one side of
+        a probe."""
+        if isinstance(helper.op, Pass):
+            found = self._totals.pop(helper.op_id, Totals())
+            if helper.op.frozen:
+                self._references[needed_by] = found.logprobs
+            else:
+                self._sides.setdefault(needed_by, []).append(found)
+
+    def probe_report(self, op_id: int, version: int, seconds: float) -> PassReport:
+        """What a finished probe found: means of both sides, and the slope between them."""
+        higher, lower = self._sides.pop(op_id)
+        report = higher.report(seconds)
+        return msgspec.structs.replace(
+            report, loss=(higher.loss + lower.loss) / 2, nll=(higher.nll + lower.nll) / 2,
+            metrics={"slope": self.slots[version].grad_norm},
+        )  # fmt: skip
 
     def forget_op(self, op_id: int) -> None:
         self._totals.pop(op_id, None)
+        self._references.pop(op_id, None)
+        self._sides.pop(op_id, None)
 
     def update_report(self, version: int) -> UpdateReport:
         slot = self.slots[version]

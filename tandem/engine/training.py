@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from tandem.config import TrainingConfig
 from tandem.engine.worker import RowInput, Worker
-from tandem.errors import BudgetError, Cancelled, Conflict, Diverged, NotFound, TandemError
+from tandem.errors import BudgetError, Cancelled, Conflict, Diverged, InvalidRequest, NotFound, TandemError
 from tandem.finetune.run import Run
 from tandem.memory.adapters import AdapterTable
 from tandem.memory.blocks import BlockPool
@@ -21,12 +21,28 @@ from tandem.model.decoder import Record
 from tandem.scheduler.budget import CostModel
 from tandem.scheduler.progress import Batch, Progress, Queued, RunQueue
 from tandem.scheduler.training import TrainLimits, TrainRow, TrainView, first_guess, pairs_of
-from tandem.work import LoraConfig, Pass, PassReport, RunReport, Slice, StepPlan, TrainOp, Update, UpdateReport
+from tandem.work import (
+    LoraConfig,
+    Nudge,
+    Pass,
+    PassReport,
+    Probe,
+    Publish,
+    PublishReport,
+    Restore,
+    RunReport,
+    Save,
+    Slice,
+    StepPlan,
+    TrainOp,
+    Update,
+    UpdateReport,
+)
 
 # Slices keep an arriving request waiting for at most this share of its target.
 TTFT_SHARE = 0.25
-# What comes of an operation: None of a save.
-Report = PassReport | UpdateReport | TandemError | None
+# What comes of an operation: None of a save or a load.
+Report = PassReport | UpdateReport | PublishReport | TandemError | None
 
 
 class Training:
@@ -54,9 +70,11 @@ class Training:
         self._closing: set[int] = set()
         self._began: dict[int, float] = {}
         self._next_op = 1
+        self._helps: dict[int, int] = {}  # operations that nobody asked for, to the one that needs them
         self._reports: list[tuple[int, Report]] = []
-        self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._saves: dict[int, tuple[str | None, Future[None]]] = {}  # operation -> run if open, the thread's answer
+        self._filer = ThreadPoolExecutor(1, thread_name_prefix="files")
+        self._files: dict[int, tuple[str | None, Future[None]]] = {}  # operation -> run if open, the thread's answer
+        self._gone: list[int] = []
         self._num_tokens = 0  # of finished microbatches
         self._told_tokens = 0  # a counter never falls, also not when a microbatch is given up
         self._seconds = 0.0
@@ -95,9 +113,23 @@ class Training:
         return self._versions[run_id]
 
     def enqueue(self, op: TrainOp) -> int:
-        self._version(op.run_id)
-        op_id, self._next_op = self._next_op, self._next_op + 1
+        """Add an operation to its run's queue, and before it what it needs. Raises NotFound, ModelError."""
+        version = self._version(op.run_id)
+        needed: list[TrainOp | Nudge] = []
+        if isinstance(op, Pass):
+            if op.loss == "dpo" and not op.examples[0].logprobs:
+                needed.append(Pass(op.run_id, op.examples, learns=False, frozen=True))
+            if needed or op.frozen:
+                self.trainer.prepare_reference(version)
+        elif isinstance(op, Probe):
+            for distance in (op.radius, -op.radius):
+                needed += [Nudge(op.run_id, op.seed, distance), op.side()]
+        op_id = self._next_op + len(needed)
+        for helper_id, helper in enumerate(needed, self._next_op):
+            self._helps[helper_id] = op_id
+            self._progress.enqueue(helper_id, helper)
         self._progress.enqueue(op_id, op)
+        self._next_op = op_id + 1
         self._began[op_id] = time.monotonic()
         return op_id
 
@@ -107,8 +139,8 @@ class Training:
         dropped, idle = self._progress.close(run_id)
         del self._versions[run_id]
         for queued in dropped:
-            if queued.op_id in self._saves:  # it cannot be stopped any more: what comes of it is still reported
-                self._saves[queued.op_id] = (None, self._saves[queued.op_id][1])
+            if queued.op_id in self._files:  # it cannot be stopped any more: what comes of it is still reported
+                self._files[queued.op_id] = (None, self._files[queued.op_id][1])
                 continue
             self.trainer.forget_op(queued.op_id)
             self._report(queued.op_id, Cancelled(f"the training run {run_id} was closed before this was done"))
@@ -126,31 +158,33 @@ class Training:
         return gone
 
     def take_reports(self) -> list[tuple[int, Report]]:
-        """What has come of operations since the last call; finished saves are noticed here."""
-        for op_id, (run_id, future) in list(self._saves.items()):
+        """What has come of operations since the last call; files written or read are noticed here."""
+        for op_id, (run_id, future) in list(self._files.items()):
             if future.done():
-                del self._saves[op_id]
-                if run_id is not None:
-                    self._progress.pop(run_id)
+                del self._files[op_id]
+                if run_id is not None and isinstance(self._progress.pop(run_id).op, Restore):
+                    self._adapters.outdate(self._versions[run_id])
                 error = future.exception()
                 if error is not None and not isinstance(error, TandemError):
                     traceback.print_exception(error)
-                    error = TandemError(f"the adapter cannot be saved: {type(error).__name__}: {error}")
+                    error = TandemError(f"the adapter's files failed: {type(error).__name__}: {error}")
                 self._report(op_id, error)
         reports, self._reports = self._reports, []
         return reports
 
     def wait(self) -> None:
-        """Until a save that is being written is on disk; at once if there is none."""
-        wait([future for _, future in self._saves.values()], timeout=1.0)
+        """Until the files being written or read are done; at once if there are none."""
+        wait([future for _, future in self._files.values()], timeout=1.0)
 
     def _report(self, op_id: int, report: Report) -> None:
+        if self._helps.pop(op_id, None) is not None:
+            return  # whoever needed it fails with it
         self._began.pop(op_id, None)
         self._reports.append((op_id, report))
 
     @property
     def has_work(self) -> bool:
-        return self._progress.has_work or any(q.op_id not in self._saves for _, q in self._progress.due_saves())
+        return self._progress.has_work or any(q.op_id not in self._files for _, q in self._progress.due_files())
 
     @property
     def figures(self) -> tuple[int, int, float]:
@@ -161,12 +195,17 @@ class Training:
     # ------------------------------------------------------------ before a plan
 
     def begin(self) -> None:
-        """Start what needs no plan: saves, and the next microbatch."""
-        for run, queued in self._progress.due_saves():
-            if queued.op_id not in self._saves:
-                path = getattr(queued.op, "path")  # noqa: B009 - a Save, see due_saves
-                self._saves[queued.op_id] = (
-                    run.run_id, self._saver.submit(self.trainer.save, run.version, path)
+        """Do what needs no plan: publications, files, and the next microbatch."""
+        while due := self._progress.due_publications():
+            for run, publication in due:
+                self._publish(run, publication)
+        for run, queued in self._progress.due_files():
+            if queued.op_id not in self._files:
+                op = queued.op
+                assert isinstance(op, Save | Restore)
+                act = self.trainer.save if isinstance(op, Save) else self.trainer.load
+                self._files[queued.op_id] = (
+                    run.run_id, self._filer.submit(act, run.version, op.path, op.with_optimizer)
                 )  # fmt: skip
         if (batch := self._progress.assemble()) is not None:
             try:
@@ -174,6 +213,27 @@ class Training:
             except (MemoryError, RuntimeError) as error:
                 traceback.print_exc()
                 self._abandon(error)
+
+    def _publish(self, run: RunQueue, op: Publish) -> None:
+        """The run's factors as they are now become the newest version of a name; nothing touches a disk."""
+        queued, began_s = self._progress.pop(run.run_id), time.perf_counter()
+        try:
+            weights = self.trainer.snapshot(run.version)
+            adapter = self._adapters.publish(op.name, weights.rank, "", weights.base_model)
+        except TandemError as error:
+            self._report(queued.op_id, error)
+        except (MemoryError, RuntimeError) as error:
+            self._report(queued.op_id, BudgetError(f"there is no memory for another adapter: {error}"))
+        else:
+            self._worker.install(adapter.version, weights)
+            self._gone += self._adapters.take_freed()
+            seconds = time.perf_counter() - began_s
+            self._report(queued.op_id, PublishReport(adapter=adapter, seconds=seconds))
+
+    def take_gone(self) -> list[int]:
+        """Adapter versions that publications have replaced and nobody uses any more."""
+        gone, self._gone = self._gone, []
+        return gone
 
     def view(self) -> TrainView | None:
         down = self._progress.backward
@@ -226,13 +286,13 @@ class Training:
         """Execute the plan's slices and move the cursors. A run that diverges loses its update and its gradients; what
         torch cannot do (no memory, mostly) ends the operations under way, not the engine."""
         done: list[Slice] = []
-        failed: tuple[Queued, Diverged] | None = None
+        failed: tuple[Queued, TandemError] | None = None
         broken: tuple[Slice, Exception] | None = None
         for piece in plan.slices:
             try:
                 self._run(piece)
-            except Diverged as error:
-                failed = self._diverged(piece, error)
+            except (Diverged, InvalidRequest) as error:
+                failed = self._refused(piece, error)
                 break
             except (MemoryError, RuntimeError) as error:
                 traceback.print_exc()
@@ -243,7 +303,11 @@ class Training:
         if failed is not None:
             self._report(failed[0].op_id, failed[1])
         for queued in finished_ops:
-            self._report(queued.op_id, self._outcome(queued))
+            if (needed_by := self._helps.pop(queued.op_id, None)) is not None:
+                self.trainer.help(queued, needed_by)
+                self._adapters.outdate(self._versions[queued.op.run_id])
+            else:
+                self._report(queued.op_id, self._outcome(queued))
         for batch in finished:
             self._num_tokens += batch.num_tokens if batch.learns else 0
             self._end(batch)
@@ -263,10 +327,10 @@ class Training:
             self._worker.forget(version)
 
     def _run(self, piece: Slice) -> None:
-        params, unpacks = None, False
+        due, unpacks = None, False
         rows: tuple[TrainRow, ...] = ()
         if piece.kind == "update":
-            params = self._due_update(piece).params
+            due = self._run_of(piece).ops[0]
         else:
             batch = self._progress.forward if piece.kind == "forward" else self._progress.backward
             assert batch is not None
@@ -274,7 +338,7 @@ class Training:
             unpacks = piece.kind == "backward" and not self.trainer.dense.holds(piece.layer)
         pairs = pairs_of(rows, piece.start, piece.stop) if piece.kind in ("forward", "backward") else 0
         predicted_s = self.limits.cost.seconds(piece.kind, piece.stop - piece.start, pairs, unpacks)
-        seconds = self.trainer.run(piece, params)
+        seconds = self.trainer.run(piece, due)
         self._seconds += seconds
         cost = self.limits.cost.corrected(piece.kind, predicted_s, seconds, unpacks)
         self.limits = replace(self.limits, cost=cost)
@@ -285,21 +349,19 @@ class Training:
         predicted_s *= cost.scale.get("ride", 1.0)
         self.limits = replace(self.limits, cost=cost.corrected("ride", predicted_s, max(measured_s, 1e-6), False))
 
-    def _due_update(self, piece: Slice) -> Update:
-        op = self._run_of(piece).ops[0].op
-        assert isinstance(op, Update)
-        return op
-
-    def _diverged(self, piece: Slice, error: Diverged) -> tuple[Queued, Diverged]:
+    def _refused(self, piece: Slice, error: TandemError) -> tuple[Queued, TandemError]:
         run = self._run_of(piece)
-        self.trainer.discard_gradients(run.version)
+        if isinstance(error, Diverged) and isinstance(run.ops[0].op, Update):
+            self.trainer.discard(run.version)
+        self.trainer.undo_probe(run.version)
+        self.trainer.forget_op(run.ops[0].op_id)
         return self._progress.pop(run.run_id), error
 
     def _abandon(self, error: Exception, run_ids: Sequence[str] = ()) -> None:
         dropped, batches = self._progress.abandon(run_ids)
         versions = {row.run.version for batch in batches for row in batch.rows}
         for version in (versions | {self._versions[r] for r in run_ids}) & self.trainer.slots.keys():
-            self.trainer.discard_gradients(version)
+            self.trainer.discard(version)
         for batch in batches:
             self._end(batch)
         for queued in dropped:
@@ -315,6 +377,8 @@ class Training:
             return self.trainer.pass_report(queued.op_id, time.monotonic() - self._began[queued.op_id])
         version = self._versions[queued.op.run_id]
         self._adapters.outdate(version)
+        if isinstance(queued.op, Probe):
+            return self.trainer.probe_report(queued.op_id, version, time.monotonic() - self._began[queued.op_id])
         return self.trainer.update_report(version)
 
     def _end(self, batch: Batch) -> None:

@@ -23,7 +23,7 @@ from tandem.errors import BudgetError, ConfigError
 from tandem.hub import resolve_model
 from tandem.memory import arena
 from tandem.model.adapter import AdapterWeights, read_adapter
-from tandem.model.decoder import Decoder, LoraBatch, Record
+from tandem.model.decoder import Decoder, LayerStacks, LoraBatch, Record, stack_layers
 from tandem.model.spec import load_spec, targets
 from tandem.model.weights import load_weights
 from tandem.work import EngineReport, SamplingParams, Segment, StepPlan, StepResult, TopLogprobs
@@ -65,7 +65,7 @@ class Worker:
         path = DEMO_MODEL if model.model == "demo" else resolve_model(model.model, model.revision)
         self.spec = load_spec(path, model.max_model_len)
         self.dtype = _dtype(model.dtype, self.spec.dtype)
-        self.kernels = ops.load(self.device.type, self.dtype)
+        self.kernels = ops.load(self.device.type, self.dtype, model.cpu_isa, model.quantization)
         self._afford(
             self.spec.num_parameters * self.dtype.itemsize, "the model", "free some memory or use a smaller model"
         )
@@ -81,9 +81,11 @@ class Worker:
         self.num_blocks, self.max_model_len = self._plan_cache(cache, scheduler, model.max_model_len)
         self.kv = self._allocate_kv()
         self.caches = list(self.kv.unbind(0))
-        shapes = {name: (t.in_features, t.out_features) for name, t in targets(self.spec).items()}
+        self.targets = targets(self.spec)
+        shapes = {name: (t.in_features, t.out_features) for name, t in self.targets.items()}
         self.pool = arena.AdapterPool(len(self.spec.layers), shapes, self.dtype, self.device)
         self.resident: dict[int, AdapterWeights] = {}
+        self._stacks: tuple[tuple[int, int], LayerStacks] = ((-1, 0), [])
         self.batch_invariant = self._batch_invariant()
         self.trainer = Trainer(self.decoder, self.device, training, str(model.model), adapters.max_lora_rank)
 
@@ -214,7 +216,9 @@ class Worker:
         foreign_TR = torch.ones(batch.tokens_T.shape[0], used, dtype=torch.bool)
         for start, stop, low, high in active:
             foreign_TR[start:stop, low:high] = False
-        return LoraBatch(foreign_TR=foreign_TR.to(self.device), layers=self.pool.view(used))
+        if self._stacks[0] != (self.pool.generation, used):
+            self._stacks = (self.pool.generation, used), stack_layers(self.pool.view(used), self.targets)
+        return LoraBatch(foreign_TR.to(self.device), self._stacks[1])
 
     def _prompt_logprobs(
         self, plan: StepPlan, rows: Mapping[int, RowInput], batch: batches.Batch, hidden_TD: Tensor

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tandem.errors import ModelError, TandemError
+from tandem.finetune.inputs import KINDS
 from tandem.finetune.run import Run
 
 CONFIG_FILE = "adapter_config.json"
@@ -25,8 +26,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.safetensors"
 
 
-def save(run: Run, path: str | Path, module_of: Callable[[int, str], str], base_model: str) -> None:
+def save(
+    run: Run, path: str | Path, module_of: Callable[[int, str], str], base_model: str, with_state: bool = True
+) -> None:
     """Write `run` to the new directory `path`. `module_of(layer, target)` is the module's full name in transformers.
+    Without `with_state` the adapter alone, from which `restore` cannot go on.
 
     Raises TandemError where the disk is full or not writable; then nothing is left there.
     """
@@ -37,7 +41,8 @@ def save(run: Run, path: str | Path, module_of: Callable[[int, str], str], base_
         temporary.mkdir()
         (temporary / CONFIG_FILE).write_text(json.dumps(_peft_config(run, base_model), indent=2) + "\n")
         save_file(_peft_tensors(run, module_of), temporary / WEIGHTS_FILE, {"format": "pt"})
-        save_file(_state(run), temporary / STATE_FILE)
+        if with_state:
+            save_file(_state(run), temporary / STATE_FILE, {"optimizer": run.optimizer.kind})
         for file in temporary.iterdir():
             _fsync(file)
         _fsync(temporary)
@@ -55,23 +60,29 @@ def restore(run: Run, path: str | Path) -> None:
     try:
         with safe_open(file, "pt") as tensors:
             state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+            kind = (tensors.metadata() or {}).get("optimizer", "adamw")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from None
-    wanted = _state(run)
+    if kind not in ("", *KINDS):
+        raise ModelError(f"{file} has the state of an optimizer that is not known here: {kind}")
+    fresh = run.new_optimizer()
+    if kind:
+        fresh.begin(kind)
+    wanted = {"weights": run.weights_P, "counters": torch.zeros(2), **fresh.state}
     if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in wanted.items()}:
         raise ModelError(f"{file} was written by a run of another shape: same rank and target modules needed")
     run.weights_P.copy_(state["weights"])
-    run.optimizer.exp_avg.copy_(state["exp_avg"])
-    run.optimizer.exp_avg_sq.copy_(state["exp_avg_sq"])
-    run.optimizer.step, run.num_passes = state["counters"].tolist()
+    for name, tensor in fresh.state.items():
+        tensor.copy_(state[name])
+    fresh.step, run.num_passes = state["counters"].tolist()
+    run.optimizer = fresh
 
 
 def _state(run: Run) -> dict[str, Tensor]:
     return {
         "weights": run.weights_P,
-        "exp_avg": run.optimizer.exp_avg,
-        "exp_avg_sq": run.optimizer.exp_avg_sq,
         "counters": torch.tensor([run.optimizer.step, run.num_passes]),
+        **run.optimizer.state,
     }
 
 

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, TypeVar
 
 from tandem.errors import DataError, InvalidRequest
-from tandem.finetune import files, formats, render
+from tandem.finetune import files, formats, preferences, render
 from tandem.tokenizer import Tokenizer
 from tandem.work import Example
 
@@ -43,11 +43,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A checked training file. `unused_keys` counts the rows that had each key which training does not look at."""
+    """A checked training file. `unused_keys` counts the rows that had each key which training does not look at.
+
+    `group_size` rows in a row belong together: with preferences, the preferred answer and then the other.
+    """
 
     format: str
     rows: list[Row]
     unused_keys: dict[str, int] = field(default_factory=dict)
+    group_size: int = 1
+
+    @property
+    def num_groups(self) -> int:
+        """What an epoch goes through."""
+        return len(self.rows) // self.group_size
+
+    def group(self, number: int) -> list[Row]:
+        """The rows that belong together."""
+        return self.rows[number * self.group_size : (number + 1) * self.group_size]
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +106,25 @@ def load(path: Path, tokenizer: Tokenizer, max_seq_len: int, format: str = "auto
             else:
                 rows.append(_at(name, line, _row, tokens, ranges, line, max_seq_len))
     return Dataset(found, rows, dict(unused))
+
+
+def load_preferences(path: Path, tokenizer: Tokenizer, max_seq_len: int, name: str | None = None) -> Dataset:
+    """Read, check and encode a file of preferences; as `load`, with two rows for each of the file's."""
+    name = name or path.name
+    ids: dict[int, int] = {}
+    rows: list[Row] = []
+    unused: Counter[str] = Counter()
+    for chunk in _chunks(files.read(path, name)):
+        marked, lines = [], []
+        for line, value in chunk:
+            for chat in _at(name, line, preferences.convert, value):
+                marked.append(_at(name, line, render.mark, chat, tokenizer))
+                lines.append(line)
+            unused.update(preferences.unused_keys(value))
+        for line, (tokens, ranges) in zip(lines, render.encode(marked, tokenizer), strict=True):
+            tokens = [ids.setdefault(token, token) for token in tokens]
+            rows.append(_at(name, line, _row, tokens, ranges, line, max_seq_len))
+    return Dataset("preference", rows, dict(unused), group_size=2)
 
 
 def example(row: Row, scale: float) -> Example:

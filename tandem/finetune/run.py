@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tandem.finetune.optimizer import AdamW
+from tandem.finetune.optimizer import Optimizer
 from tandem.work import LoraConfig
 
 Pair = tuple[Tensor, Tensor]  # (a_RI, b_RO)
@@ -37,7 +37,7 @@ class Run:
         self.num_parameters = num_layers * lora.rank * sum(i + o for i, o in shapes.values())
         self.weights_P = torch.zeros(self.num_parameters, device=device)
         self.gradients_P = torch.zeros(self.num_parameters, device=device)
-        self.optimizer = AdamW(self.num_parameters, device)
+        self.optimizer = self.new_optimizer()
         self.num_passes = 0  # examples so far: dropout masks differ from one to the next
         self._draw()
 
@@ -63,6 +63,15 @@ class Run:
             for name, pair in mine.items():
                 for tensor, value in zip(pair, theirs[name], strict=True):
                     tensor.copy_(value)
+
+    def renew_optimizer(self) -> None:
+        """Forget what the optimiser has learnt of the gradients so far."""
+        self.optimizer = self.new_optimizer()
+
+    def new_optimizer(self) -> Optimizer:
+        """One that has learnt nothing yet, for these factors."""
+        factors = [(pair[0].shape[0], t.shape[1]) for layer in self.weights for pair in layer.values() for t in pair]
+        return Optimizer(factors, self.weights_P.device)
 
     def _views(self, flat_P: Tensor) -> LayerPairs:
         rank, at = self.lora.rank, 0

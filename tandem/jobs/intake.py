@@ -93,5 +93,6 @@ def job(request: JobRequest, extras: TandemExtras, base_model: str, parent: Adap
             "n_epochs": request.n_epochs,
             "batch_size": request.batch_size,
             "learning_rate_multiplier": request.learning_rate_multiplier,
+            **({"beta": request.beta} if request.method == "dpo" else {}),
         },
     )  # fmt: skip

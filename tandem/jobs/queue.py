@@ -119,7 +119,7 @@ class Queue:
             await self._shop.engine.check_run(lora_config(job), longest)
         except BudgetError as error:
             raise Failure("insufficient_memory", str(error), "tandem.max_seq_len") from error
-        resolved = resolve(job, len(loaded.train.rows), self._shop.engine.report.hidden_size)
+        resolved = resolve(job, loaded.train.num_groups, self._shop.engine.report.hidden_size)
         summary = await asyncio.to_thread(_summary, job, loaded.train)
         numbers = ", ".join(f"{name}={value}" for name, value in resolved.hyperparameters.items())
 
@@ -153,9 +153,13 @@ class Queue:
             file = await self._db.run(queries.file, file_id, may_be_past=True)
             if not await asyncio.to_thread(path.is_file):
                 raise NotFound(f"the content of {file_id} is gone from the disk: upload it again")
-            found = await _in_background(
-                data.load, path, self._tokenizer, job.tandem.max_seq_len, job.tandem.format, file.filename
-            )
+            limit = job.tandem.max_seq_len
+            if job.method == "dpo":
+                found = await _in_background(data.load_preferences, path, self._tokenizer, limit, file.filename)
+            else:
+                found = await _in_background(
+                    data.load, path, self._tokenizer, limit, job.tandem.format, file.filename
+                )  # fmt: skip
         except (InvalidRequest, NotFound) as error:
             raise Failure(f"invalid_{param}", str(error), param) from error
         except OSError as error:

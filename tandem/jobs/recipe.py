@@ -24,7 +24,14 @@ MIN_EPOCHS, MAX_AUTO_EPOCHS, ENOUGH_STEPS = 3, 25, 100
 MIN_BATCH, MAX_AUTO_BATCH, ROWS_PER_BATCH = 4, 32, 50
 MAX_EPOCHS, MAX_BATCH, MAX_MULTIPLIER = 1000, 4096, 1e6
 SUFFIX = re.compile(r"[a-z0-9-]{1,64}")
-LATER_METHODS = ("dpo", "reinforcement")
+METHODS = ("supervised", "dpo")
+BETA, MAX_BETA = 0.1, 2.0
+# The default learning rate of preferences by that of supervised training: they need smaller steps.
+DPO_RATE = 0.25
+# The same by optimizer. There is none for those whose rates mean something else for every model.
+OPTIMIZER_RATES: dict[str, float | None] = {
+    "adamw": 1.0, "adamw8bit": 1.0, "muon": 1.0, "lion": 0.1, "sgd": None, "adafactor": None, "mezo": None,
+}  # fmt: skip
 # Request fields of the extras that must lie in a range, ends included; None passes.
 RANGES: dict[str, tuple[float, float]] = {
     "rank": (1, 65536), "alpha": (1e-6, 1e6), "dropout": (0.0, 0.99), "learning_rate": (1e-12, 1e3),
@@ -115,7 +122,7 @@ def resolve(job: Job, num_rows: int, hidden_size: int) -> Job:
 
     batch_size: a fiftieth of the rows, at least 4, at most 32; never more than there are rows, even where asked for.
     n_epochs: 3, or where that gives fewer than 100 optimiser steps, as many epochs as give 100, but 25 at most.
-    learning_rate_multiplier: 1. The learning rate it multiplies is 2e-4 x sqrt(2048 / hidden_size) by default.
+    learning_rate_multiplier: 1. The learning rate it multiplies is `default_rate`. beta (dpo): 0.1.
     """
     asked = job.hyperparameters
     batch_size = _number(asked["batch_size"], min(max(num_rows // ROWS_PER_BATCH, MIN_BATCH), MAX_AUTO_BATCH))
@@ -124,12 +131,14 @@ def resolve(job: Job, num_rows: int, hidden_size: int) -> Job:
     n_epochs = _number(
         asked["n_epochs"], min(max(math.ceil(ENOUGH_STEPS / steps_per_epoch), MIN_EPOCHS), MAX_AUTO_EPOCHS)
     )
-    numbers = {
+    numbers: dict[str, int | float | Auto] = {
         "n_epochs": n_epochs,
         "batch_size": batch_size,
         "learning_rate_multiplier": _number(asked["learning_rate_multiplier"], 1.0),
     }
-    rate = job.tandem.learning_rate or 2e-4 * math.sqrt(2048 / hidden_size)
+    if job.method == "dpo":
+        numbers["beta"] = _number(asked.get("beta", "auto"), BETA)
+    rate = job.tandem.learning_rate or default_rate(job, hidden_size)
     return msgspec.structs.replace(
         job,
         hyperparameters=numbers,
@@ -138,15 +147,26 @@ def resolve(job: Job, num_rows: int, hidden_size: int) -> Job:
     )
 
 
+def default_rate(job: Job, hidden_size: int) -> float:
+    """2e-4 x sqrt(2048 / hidden_size), less for preferences and for lion."""
+    by_optimizer = OPTIMIZER_RATES[job.tandem.optimizer]
+    assert by_optimizer is not None  # `check` has seen to that
+    return 2e-4 * math.sqrt(2048 / hidden_size) * by_optimizer * (DPO_RATE if job.method == "dpo" else 1.0)
+
+
 def _number(asked: int | float | Auto, chosen: T) -> T:
     return chosen if asked == "auto" else type(chosen)(asked)
 
 
 def check(request: JobRequest) -> None:
     """Raise InvalidRequest, naming the field, for what no file and no machine could make right."""
-    if request.method != "supervised":
-        known = f"{request.method!r} is not supported yet" if request.method in LATER_METHODS else "is unknown"
-        raise InvalidRequest(f"method {known}: only 'supervised' is", param="method.type")
+    if request.method not in METHODS:
+        raise InvalidRequest(f"method {request.method!r} is unknown: use {' or '.join(METHODS)}", param="method.type")
+    if request.method == "dpo" and request.tandem.format != "auto":
+        raise InvalidRequest("format is for supervised training: preference files have one", param="tandem.format")
+    if request.method == "dpo" and request.tandem.optimizer == "mezo":
+        raise InvalidRequest("mezo is for supervised training: choose another optimizer", param="tandem.optimizer")
+    _check_range("beta", request.beta, 1e-6, MAX_BETA)
     if request.suffix is not None and not SUFFIX.fullmatch(request.suffix):
         raise InvalidRequest("suffix must be 1 to 64 of a-z, 0-9 and '-'", param="suffix")
     if request.seed is not None and not 0 <= request.seed < 2**31:
@@ -161,6 +181,13 @@ def check(request: JobRequest) -> None:
 def _check_extras(extras: TandemExtras) -> None:
     for name, (low, high) in RANGES.items():
         _check_range(f"tandem.{name}", getattr(extras, name), low, high)
+    if extras.optimizer not in OPTIMIZER_RATES:
+        raise InvalidRequest(f"optimizer must be one of {', '.join(OPTIMIZER_RATES)}", param="tandem.optimizer")
+    if OPTIMIZER_RATES[extras.optimizer] is None and extras.learning_rate is None:
+        raise InvalidRequest(
+            f"the optimizer {extras.optimizer} has no learning rate that suits most models: give one",
+            param="tandem.learning_rate",
+        )
     if extras.schedule not in ("constant", "linear", "cosine"):
         raise InvalidRequest("schedule must be constant, linear or cosine", param="tandem.schedule")
     if extras.format not in formats.FORMATS:

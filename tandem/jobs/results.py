@@ -21,15 +21,24 @@ COLUMNS = {
 }
 
 
-def means(kind: str, reports: Sequence[PassReport]) -> dict[str, float | None]:
-    """Loss and accuracy per trained token, over all `reports`. None is what no JSON number can say."""
+def means(kind: str, reports: Sequence[PassReport], is_mean: bool = False) -> dict[str, float | None]:
+    """Loss and accuracy per trained token, over all `reports`; for preferences the loss and the rewards per pair.
+    `is_mean`: each report's own loss is a mean already. None is what no JSON number can say."""
     num_tokens = max(1, sum(report.num_tokens for report in reports))
-    loss = sum(report.nll for report in reports) / num_tokens
     accuracy = sum(report.num_correct for report in reports) / num_tokens
-    return {
-        f"{kind}_loss": round(loss, 6) if math.isfinite(loss) else None,
-        f"{kind}_mean_token_accuracy": round(accuracy, 6),
-    }
+    found = {f"{kind}_mean_token_accuracy": accuracy}
+    num_pairs = sum(report.metrics.get("num_pairs", 0.0) for report in reports)
+    if num_pairs:
+        loss = sum(r.loss * (r.metrics["num_pairs"] if is_mean else 1.0) for r in reports) / num_pairs
+        chosen, rejected, preferred = (
+            sum(report.metrics[name] for report in reports) / num_pairs
+            for name in ("chosen_reward", "rejected_reward", "num_preferred")
+        )
+        found |= {f"{kind}_reward_accuracy": preferred, f"{kind}_reward_margin": chosen - rejected}
+    else:
+        loss = sum(report.nll for report in reports) / num_tokens
+    found = {f"{kind}_loss": loss, **found}
+    return {name: round(value, 6) if math.isfinite(value) else None for name, value in found.items()}
 
 
 def step_message(metrics: Mapping[str, Any]) -> str:

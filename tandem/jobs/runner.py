@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,7 +25,7 @@ from tandem.jobs.adapters import read_shape
 from tandem.jobs.recipe import checkpoint_name, model_name, recipe
 from tandem.jobs.records import AdapterRecord, Checkpoint, Job, ResumePoint, new_id
 from tandem.jobs.shop import Failure, Loaded, Shop, lora_config
-from tandem.work import AdamParams, PassReport, UpdateReport
+from tandem.work import OptimParams, PassReport
 
 DEPTH = 2  # optimiser steps in the engine's queue
 VALIDATION_ROWS = 32  # in one call
@@ -49,7 +50,7 @@ class Sent:
     num_tokens: int
     learning_rate: float
     learnt: asyncio.Future[PassReport]
-    updated: asyncio.Future[UpdateReport]
+    updated: asyncio.Future[Any]
     validated: list[asyncio.Future[PassReport]] = field(default_factory=list)
     checkpoint: Save | None = None
     resume: Save | None = None
@@ -63,7 +64,7 @@ class Run:
         self._train, self._valid = loaded.train, loaded.valid
         self._shop = shop
         self._db, self._engine = shop.db, shop.engine
-        self._recipe = recipe(job, len(loaded.train.rows))
+        self._recipe = recipe(job, loaded.train.num_groups)
         self._name = model_name(job.base_model, shop.organization, job.suffix, job.job_id)
         self._stop: How | None = None
         self._is_open = False
@@ -119,7 +120,8 @@ class Run:
         try:
             report = await self._track(
                 self._engine.open_run(
-                    job_id, lora_config(self.job), init_from=self._parent() if point is None else None,
+                    job_id, lora_config(self.job),
+                    init_from=self._parent() if point is None or self.job.method == "dpo" else None,
                     resume_from=str(self._shop.root / point.path) if point else None, priority=self.job.tandem.priority,
                 )
             )  # fmt: skip
@@ -194,19 +196,11 @@ class Run:
             self._next += 1
 
     def _send(self, index: int) -> Sent:
-        rows = [self._train.rows[number] for number in self._recipe.batch(index)]
-        scale = 1.0 / math.fsum(weight for row in rows for weight in row.mask)
-        examples = [data.example(row, scale) for row in rows]
+        rows = [row for number in self._recipe.batch(index) for row in self._train.group(number)]
         rate, step = self._recipe.learning_rate(index), index + 1
-        params = AdamParams(
-            learning_rate=rate, weight_decay=self.job.tandem.weight_decay, max_grad_norm=self.job.tandem.max_grad_norm
-        )
-        job_id, is_last = self.job.job_id, step == self._recipe.total_steps
-        sent = Sent(
-            step, sum(len(example.tokens) for example in examples), rate,
-            self._track(self._engine.forward_backward(job_id, examples)),
-            self._track(self._engine.optim_step(job_id, params)),
-        )  # fmt: skip
+        is_last = step == self._recipe.total_steps
+        learnt, updated = self._learn(rows, rate, index)
+        sent = Sent(step, sum(len(row.tokens) - 1 for row in rows), rate, learnt, updated)
         is_checkpoint = is_last or self._recipe.is_epoch_end(index) or _is_due(step, self.job.tandem.checkpoint_every)
         if self._valid and (is_checkpoint or _is_due(step, self.job.tandem.validate_every)):
             sent.validated.extend(self._validate(self._valid))
@@ -218,20 +212,42 @@ class Run:
             sent = dataclasses.replace(sent, resume=self._save(self._resume_path()))
         return sent
 
+    def _learn(
+        self, rows: Sequence[data.Row], rate: float, index: int
+    ) -> tuple[asyncio.Future[PassReport], asyncio.Future[Any]]:
+        """One optimiser step from these rows, in the mean over their tokens, or over their pairs."""
+        job_id, extras, engine = self.job.job_id, self.job.tandem, self._engine
+        params = OptimParams(
+            learning_rate=rate, weight_decay=extras.weight_decay, max_grad_norm=extras.max_grad_norm,
+            kind="adamw" if extras.optimizer == "mezo" else extras.optimizer,
+        )  # fmt: skip
+        if self.job.method == "dpo":
+            examples = [data.example(row, 1.0) for row in rows]
+            learnt = self._track(engine.forward_backward(job_id, examples, "dpo", self._preference(len(rows) // 2)))
+            return learnt, self._track(engine.optim_step(job_id, params))
+        scale = 1.0 / math.fsum(weight for row in rows for weight in row.mask)
+        examples = [data.example(row, scale) for row in rows]
+        if extras.optimizer == "mezo":
+            probed = self._track(engine.probe(job_id, examples, params, self.job.seed * 2**31 + index))
+            return probed, probed
+        learnt = self._track(engine.forward_backward(job_id, examples))
+        return learnt, self._track(engine.optim_step(job_id, params))
+
+    def _preference(self, num_pairs: int) -> dict[str, float]:
+        return {"beta": float(self.job.hyperparameters["beta"]), "scale": 1.0 / num_pairs}
+
     def _validate(self, valid: data.Dataset) -> list[asyncio.Future[PassReport]]:
         """Forward passes over the whole validation file. Their weights only say which tokens count."""
-        return [
-            self._track(
-                self._engine.forward(
-                    self.job.job_id, [data.example(row, 1.0) for row in valid.rows[start : start + VALIDATION_ROWS]]
-                )
-            )
-            for start in range(0, len(valid.rows), VALIDATION_ROWS)
-        ]
+        sent = []
+        for start in range(0, len(valid.rows), VALIDATION_ROWS):
+            examples = [data.example(row, 1.0) for row in valid.rows[start : start + VALIDATION_ROWS]]
+            loss = ("dpo", self._preference(1)) if self.job.method == "dpo" else ()
+            sent.append(self._track(self._engine.forward(self.job.job_id, examples, *loss)))
+        return sent
 
     async def _arrival(self, sent: Sent) -> None:
-        await sent.learnt
         try:
+            await sent.learnt
             await sent.updated
         except Diverged as error:
             raise Failure(
@@ -259,7 +275,7 @@ class Run:
         return {
             "step": sent.step,
             "total_steps": self._recipe.total_steps,
-            **results.means("train", [sent.learnt.result()]),
+            **results.means("train", [sent.learnt.result()], is_mean=True),
             **(results.means("valid", validated) if validated else {}),
             "learning_rate": sent.learning_rate,
             "tokens_per_s": round(sent.num_tokens / max(elapsed, 1e-9), 1),

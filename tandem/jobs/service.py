@@ -64,6 +64,11 @@ class Jobs:
         self._model_names = list(model_names)
         self._expiry = asyncio.create_task(self._expire_files())
 
+    @property
+    def root(self) -> Path:
+        """The state directory."""
+        return self._root
+
     @classmethod
     async def open(
         cls, config: JobsConfig, engine: EngineClient, tokenizer: Tokenizer, model_names: Sequence[str],

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tandem.scheduler.training import BackwardView, ForwardView, TrainRow, TrainView, UpdateView
-from tandem.work import Pass, Save, Slice, StepPlan, TrainOp, Update
+from tandem.work import FactorOp, FileOp, Nudge, Pass, Publish, Slice, StepPlan, TrainOp, Update
 
 # The share of a run of priority p is this to the power of p.
 PRIORITY_BASE = 2.0
@@ -24,7 +24,7 @@ class Queued:
     """An operation on its way: examples not yet in a microbatch, examples not yet done."""
 
     op_id: int
-    op: TrainOp
+    op: TrainOp | Nudge
     num_taken: int = 0
     num_left: int = 0
     parameters_done: int = 0
@@ -103,7 +103,8 @@ class Batch:
 
     @property
     def may_ride(self) -> bool:
-        return self.learns and all(r.run.may_ride for r in self.rows)
+        """Its rows' adapters are those that serving knows."""
+        return all(r.run.may_ride and not _is_frozen(r.queued.op) for r in self.rows)
 
 
 class Progress:
@@ -129,11 +130,11 @@ class Progress:
 
     @property
     def has_work(self) -> bool:
-        """Something could run now: a save that is being written is not such."""
+        """Something could run now: a file that is being written or read is not such."""
         return (
             self.forward is not None
             or self.backward is not None
-            or any(run.ops and not isinstance(run.ops[0].op, Save) for run in self._runs.values())
+            or any(run.ops and not isinstance(run.ops[0].op, FileOp) for run in self._runs.values())
         )
 
     def open(self, run_id: str, version: int, num_parameters: int, priority: int, may_ride: bool) -> None:
@@ -159,7 +160,7 @@ class Progress:
         """Whether a microbatch on its way holds rows of this run, open or closed."""
         return any(r.run.version == version for b in (self.forward, self.backward) if b for r in b.rows)
 
-    def enqueue(self, op_id: int, op: TrainOp) -> None:
+    def enqueue(self, op_id: int, op: TrainOp | Nudge) -> None:
         """Add an operation to its run's queue. The run is open, a pass has examples."""
         num_left = len(op.examples) if isinstance(op, Pass) else 0
         run = self._runs[op.run_id]
@@ -174,22 +175,27 @@ class Progress:
         if self.forward is not None:
             return None
         rows: list[BatchRow] = []
-        learns, num_tokens = True, 0
+        learns, frozen, num_tokens = True, False, 0
         for run in sorted(self._runs.values(), key=lambda r: r.service):
             while (queued := _next_pass(run)) is not None:
                 op = queued.op
                 assert isinstance(op, Pass)
-                if rows and (op.learns != learns or (not self.mixes and rows[-1].queued is not queued)):
+                differs = (op.learns, op.frozen) != (learns, frozen)
+                if rows and (differs or (not self.mixes and rows[-1].queued is not queued)):
                     break
-                example = op.examples[queued.num_taken]
-                length = len(example.tokens)
+                first = queued.num_taken
+                group = range(first, first + op.group_size)
+                length = sum(len(op.examples[i].tokens) for i in group)
                 if rows and num_tokens + length > self.batch_tokens:
                     return self._start(rows, learns)
-                num_counted = sum(w != 0 for w in example.weights)
-                rows.append(BatchRow(self._next_row, run, queued, queued.num_taken, length, num_counted))
-                self._next_row -= 1
-                learns, num_tokens = op.learns, num_tokens + length
-                queued.num_taken += 1
+                rows += [
+                    BatchRow(self._next_row - i, run, queued, first + i, len(op.examples[first + i].tokens),
+                             op.num_counted(first + i))
+                    for i in range(len(group))
+                ]  # fmt: skip
+                self._next_row -= len(group)
+                learns, frozen, num_tokens = op.learns, op.frozen, num_tokens + length
+                queued.num_taken += len(group)
                 run.service += length / run.share
             if rows and not self.mixes:
                 break
@@ -214,9 +220,9 @@ class Progress:
                 down.back_layer, down.stop, dense.get(down.back_layer, False),
             )  # fmt: skip
         updates = tuple(
-            UpdateView(run.version, run.num_parameters, run.ops[0].parameters_done)
+            UpdateView(run.version, run.num_parameters, run.ops[0].parameters_done, _kind(op))
             for run in self._runs.values()
-            if run.ops and isinstance(run.ops[0].op, Update)
+            if run.ops and isinstance(op := run.ops[0].op, FactorOp)
         )
         if forward is None and backward is None and not updates:
             return None
@@ -227,9 +233,14 @@ class Progress:
         """Tokens' worth of training done in the microbatches on their way."""
         return sum(batch.trained_tokens for batch in (self.forward, self.backward) if batch is not None)
 
-    def due_saves(self) -> list[tuple[RunQueue, Queued]]:
-        """Runs whose next operation is a save."""
-        return [(run, run.ops[0]) for run in self._runs.values() if run.ops and isinstance(run.ops[0].op, Save)]
+    def due_files(self) -> list[tuple[RunQueue, Queued]]:
+        """Runs whose next operation is a save or a load."""
+        return [(run, run.ops[0]) for run in self._runs.values() if run.ops and isinstance(run.ops[0].op, FileOp)]
+
+    def due_publications(self) -> list[tuple[RunQueue, Publish]]:
+        """Runs to be published as they are now; pop each before asking again."""
+        heads = [(run, run.ops[0].op) for run in self._runs.values() if run.ops]
+        return [(run, op) for run, op in heads if isinstance(op, Publish)]
 
     # ------------------------------------------------------------ what has run
 
@@ -300,6 +311,14 @@ class Progress:
         assert self.forward is not None and self.forward.layer is None
         self.forward.layer, self.forward.cut = 0, self.forward.done
         return self.forward
+
+
+def _is_frozen(op: TrainOp | Nudge) -> bool:
+    return isinstance(op, Pass) and op.frozen
+
+
+def _kind(op: FactorOp) -> str:
+    return op.params.kind if isinstance(op, Update) else "mezo"
 
 
 def _next_pass(run: RunQueue) -> Queued | None:

@@ -20,7 +20,9 @@ LARGEST_WINDOW = 512
 # Window lengths are multiples of this: matrix products are prepared anew for each shape.
 WINDOW_STEP = 32
 FIXED_WINDOW = 256
-UPDATE_STEP = 2**23
+# Parameters of an update's piece; less where each takes more than reading and writing it.
+UPDATE_STEP = {"adamw": 2**23, "sgd": 2**23, "lion": 2**23}
+SLOW_UPDATE_STEP = 2**20
 RIDE_STEP = 8
 # How many riding tokens it is judged by whether riding pays.
 PROBED_RIDE = 32
@@ -70,6 +72,7 @@ class UpdateView(NamedTuple):
     version: int
     num_parameters: int
     done: int
+    kind: str = "adamw"
 
 
 class TrainView(NamedTuple):
@@ -266,7 +269,7 @@ class _Slices:
     def update(self, view: UpdateView) -> None:
         done = view.done
         while done < view.num_parameters:
-            stop = min(done + UPDATE_STEP, view.num_parameters)
+            stop = min(done + UPDATE_STEP.get(view.kind, SLOW_UPDATE_STEP), view.num_parameters)
             if not self._append(Slice("update", view.version, 0, done, stop)):
                 return
             done = stop

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tandem.engine.engine import Engine
 from tandem.errors import Cancelled, Diverged, TandemError
 from tandem.work import (
-    AdamParams,
+    OptimParams,
     Example,
     LoraConfig,
     Pass,
@@ -39,7 +39,7 @@ MakeEngine = Callable[..., Engine]
 WIDE: dict[str, Any] = {"slo_tpot_ms": 2000.0}
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 # A wide eps: with the usual one, entries whose gradient is all rounding move as fast as any other.
-ADAM = AdamParams(learning_rate=4e-3, eps=1e-4, weight_decay=0.01, max_grad_norm=2.0)
+ADAM = OptimParams(learning_rate=4e-3, eps=1e-4, weight_decay=0.01, max_grad_norm=2.0)
 # Of different rank, scaling and targets; each has its own data.
 LORAS = {
     "big": LoraConfig(rank=12, alpha=24.0, seed=1),
@@ -400,7 +400,7 @@ def test_a_run_that_overflows_spoils_no_other_in_its_microbatch(make_engine: Mak
     engine.open_run("bad", LORAS["big"])
     for _ in range(3):
         session.enqueue(Pass("bad", oracle.examples(1, (8,))))
-        session.enqueue(Update("bad", AdamParams(learning_rate=1e30)))
+        session.enqueue(Update("bad", OptimParams(learning_rate=1e30)))
     session.finish()
     assert any(isinstance(report, Diverged) for report in session.reports.values())
     engine.open_run("good", LORAS["small"])

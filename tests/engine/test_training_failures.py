@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tandem.errors import BudgetError
-from tandem.work import AdamParams, Example, LoraConfig, Pass, Request, SamplingParams, Update
+from tandem.work import OptimParams, Example, LoraConfig, Pass, Request, SamplingParams, Update
 
 
 def examples(*lengths):
@@ -30,7 +30,7 @@ def test_no_memory_for_training_is_no_end(make_engine, monkeypatch, kind):
     run = trainer.run
     with monkeypatch.context() as patched:
         patched.setattr(trainer, "begin" if kind == "begin" else "run", refuse)
-        ids = [engine.enqueue(Pass("a", examples(20, 30))), engine.enqueue(Update("a", AdamParams(learning_rate=1.0)))]
+        ids = [engine.enqueue(Pass("a", examples(20, 30))), engine.enqueue(Update("a", OptimParams(learning_rate=1.0)))]
         engine.submit(Request(request_id="r", prompt=[5, 6, 7], sampling=SamplingParams(max_tokens=5, ignore_eos=True)))
         events, reports = [], {}
         for _ in range(50):

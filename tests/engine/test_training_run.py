@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from tandem.engine.engine import Engine
 from tandem.errors import Diverged, InvalidRequest, ModelError, NotFound, TandemError
 from tandem.model.gradients import dropout_mask, hash_64
-from tandem.work import AdamParams, Example, LoraConfig, Pass, Request, SamplingParams, TrainOp, Update
+from tandem.work import OptimParams, Example, LoraConfig, Pass, Request, SamplingParams, TrainOp, Update
 
 TinyModel = Callable[[str], Path]
 MakeEngine = Callable[..., Engine]
 LORA = LoraConfig(rank=4, alpha=8.0, seed=3)
-ADAM = AdamParams(learning_rate=3e-3, weight_decay=0.01, max_grad_norm=1.0)
+ADAM = OptimParams(learning_rate=3e-3, weight_decay=0.01, max_grad_norm=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def recipe(
             picked, order = order[:3], order[3:]
             ops.append(Pass("r", mean_of([rows[i] for i in picked], accumulate)))
         rate = learning_rate(step, num_steps, schedule)
-        ops.append(Update("r", AdamParams(learning_rate=rate, beta2=0.99, weight_decay=0.05, max_grad_norm=clip)))
+        ops.append(Update("r", OptimParams(learning_rate=rate, beta2=0.99, weight_decay=0.05, max_grad_norm=clip)))
     return ops
 
 
@@ -337,7 +337,7 @@ def test_a_learning_rate_that_diverges_stops_the_run_and_harms_nobody(make_engin
     alone = make_engine("llama")
     alone.open_run("good", LORA)
     engine.open_run("r", LORA)
-    wild = AdamParams(learning_rate=rate)
+    wild = OptimParams(learning_rate=rate)
     batch = oracle.examples(3, (8, 5))
     with pytest.raises(Diverged):
         for _ in range(10):

@@ -29,7 +29,7 @@ class FakeEngine:
         return longest
 
     def open_run(self, run_id, lora, *, init_from=None, resume_from=None, priority=0):
-        assert run_id not in self.queues and not (init_from and resume_from)
+        assert run_id not in self.queues
         self.queues[run_id] = asyncio.Queue()
         self.queues[run_id].worker = asyncio.create_task(self._work(run_id))
 
@@ -44,31 +44,44 @@ class FakeEngine:
 
         return self._call("open_run", run_id, open_it)
 
-    def forward_backward(self, run_id, examples):
-        return self._call("forward_backward", run_id, lambda: self._pass(run_id, examples, True))
+    def forward_backward(self, run_id, examples, *loss):
+        return self._call("forward_backward", run_id, lambda: self._pass(run_id, examples, True, *loss))
 
-    def forward(self, run_id, examples):
-        return self._call("forward", run_id, lambda: self._pass(run_id, examples, False))
+    def forward(self, run_id, examples, *loss):
+        return self._call("forward", run_id, lambda: self._pass(run_id, examples, False, *loss))
 
-    def _pass(self, run_id, examples, learns):
+    def probe(self, run_id, examples, params, seed):
+        def act():
+            report = self._pass(run_id, [*examples, seed][:-1], True)
+            self._update(run_id, (params, seed))
+            return report
+
+        return self._call("probe", run_id, act)
+
+    def _pass(self, run_id, examples, learns, *loss):
         run = self.runs[run_id]
         if learns:
-            run["gradient"] += repr(examples)
+            run["gradient"] += repr(examples) + repr(loss)
+        if loss:
+            pairs, gain = len(examples) // 2, 0.1 * run["step"]
+            metrics = dict(num_pairs=pairs, num_preferred=pairs, chosen_reward=gain * pairs, rejected_reward=-gain)
+            total = pairs * math.log1p(math.exp(-gain)) * loss[1]["scale"]
+            return PassReport(loss=total, nll=1.0, num_tokens=9, num_correct=3, metrics=metrics)
         tokens = sum(weight > 0 for example in examples for weight in example.weights)
         nll = tokens * 3.0 / (1 + 0.1 * run["step"])
         loss = math.fsum(w for example in examples for w in example.weights) * nll / tokens
         return PassReport(loss=loss, nll=nll, num_tokens=tokens, num_correct=min(tokens, run["step"]))
 
     def optim_step(self, run_id, params):
-        def update():
-            run = self.runs[run_id]
-            if self.diverge_at is not None and run["step"] + 1 >= self.diverge_at:
-                raise Diverged("the loss is nan")
-            text = run["weights"] + run["gradient"] + repr(params)
-            run.update(step=run["step"] + 1, weights=hashlib.sha256(text.encode()).hexdigest(), gradient="")
-            return UpdateReport(step=run["step"], grad_norm=1.0)
+        return self._call("optim_step", run_id, lambda: self._update(run_id, params))
 
-        return self._call("optim_step", run_id, update)
+    def _update(self, run_id, params):
+        run = self.runs[run_id]
+        if self.diverge_at is not None and run["step"] + 1 >= self.diverge_at:
+            raise Diverged("the loss is nan")
+        text = run["weights"] + run["gradient"] + repr(params)
+        run.update(step=run["step"] + 1, weights=hashlib.sha256(text.encode()).hexdigest(), gradient="")
+        return UpdateReport(step=run["step"], grad_norm=1.0)
 
     def save_run(self, run_id, path):
         def save():

@@ -16,7 +16,12 @@ from tandem.jobs.records import JobRequest, TandemExtras
     "param, more",
     [
         ("suffix", {"suffix": "No Spaces"}), ("suffix", {"suffix": "a" * 65}), ("suffix", {"suffix": ""}),
-        ("method.type", {"method": "dpo"}), ("method.type", {"method": "magic"}),
+        ("method.type", {"method": "reinforcement"}), ("method.type", {"method": "magic"}),
+        ("beta", {"method": "dpo", "beta": 0.0}), ("beta", {"method": "dpo", "beta": math.nan}),
+        ("tandem.format", {"method": "dpo", "tandem": {"format": "chat"}}),
+        ("tandem.optimizer", {"method": "dpo", "tandem": {"optimizer": "mezo", "learning_rate": 1e-3}}),
+        ("tandem.optimizer", {"tandem": {"optimizer": "adam"}}),
+        ("tandem.learning_rate", {"tandem": {"optimizer": "sgd"}}),
         ("n_epochs", {"n_epochs": 0}), ("batch_size", {"batch_size": -1}), ("batch_size", {"batch_size": "many"}),
         ("learning_rate_multiplier", {"learning_rate_multiplier": math.nan}),
         ("learning_rate_multiplier", {"learning_rate_multiplier": math.inf}),

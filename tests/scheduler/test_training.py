@@ -25,7 +25,7 @@ from tandem.scheduler.training import (
     first_guess,
     pairs_of,
 )
-from tandem.work import AdamParams, Example, Pass, Save, Update
+from tandem.work import OptimParams, Example, Pass, Save, Update
 
 LAYERS = 4
 ROWS = (TrainRow(-1, 300, 1), TrainRow(-2, 200, 1))
@@ -223,20 +223,20 @@ def test_everything_queued_is_done_once_and_in_order(seed, mixes):
                 lengths = [rng.randint(1, 90) for _ in range(rng.randint(1, 4))]
                 op = Pass(run_id, [example(n) for n in lengths], learns=rng.random() < 0.8)
             else:
-                op = Update(run_id, AdamParams(learning_rate=1.0)) if kind < 0.9 else Save(run_id, "x")
+                op = Update(run_id, OptimParams(learning_rate=1.0)) if kind < 0.9 else Save(run_id, "x")
             progress.enqueue(op_id, op)
             queued[run_id].append(op_id)
     train = TrainLimits(step_s=rng.choice([0.004, 0.05]))
     batches, backward = [], {}
     worth = told = 0.0
     for _ in range(5000):
-        for run, save in progress.due_saves():
+        for run, save in progress.due_files():
             done.append((run.run_id, save.op_id))
             progress.pop(run.run_id)
         progress.assemble()
         view = progress.view(0, {})
         if view is None:
-            if not progress.due_saves():
+            if not progress.due_files():
                 break
             continue
         serving = rng.random() < 0.5
