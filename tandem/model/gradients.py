@@ -82,8 +82,8 @@ class DenseLayer:
         self._dense: dict[str, Tensor] = {}
 
     def holds(self, index: int) -> bool:
-        """Whether this layer's weights are at hand without unpacking."""
-        return self._index == index
+        """Whether nothing of this layer has to be unpacked first: it is at hand, or its kernels need no dense form."""
+        return self._index == index or self._decoder.weights.layers[index].down.format != "onednn"
 
     def weight(self, index: int, name: str) -> Tensor:
         """[O, I] of a layer's linear; the head counts as a layer after the last."""

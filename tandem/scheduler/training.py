@@ -23,9 +23,7 @@ FIXED_WINDOW = 256
 # Parameters of an update's piece; less where each takes more than reading and writing it.
 UPDATE_STEP = {"adamw": 2**23, "sgd": 2**23, "lion": 2**23}
 SLOW_UPDATE_STEP = 2**20
-RIDE_STEP = 8
-# How many riding tokens it is judged by whether riding pays.
-PROBED_RIDE = 32
+RIDE_STEP = 4
 
 
 class TrainRow(NamedTuple):
@@ -189,8 +187,7 @@ def fill(
     segments: tuple[Segment, ...] = ()
     forward = view.forward
     rides = forward is not None and not is_alone and _may_ride(forward, limits, free_blocks, block_size)
-    if forward is not None and rides and _pays(forward, view, load, cost, limits):
-        tokens = _ride(forward, view, load, cost, limits, room_s)
+    if forward is not None and rides and (tokens := _ride(forward, view, load, cost, limits, room_s)):
         segments = _segments(forward.rows, forward.done, forward.done + tokens)
         ridden_s = _added_s(forward, load, cost, limits, tokens)
         room_s, most_s = room_s - ridden_s, most_s - ridden_s
@@ -211,14 +208,6 @@ def _may_ride(forward: ForwardView, limits: TrainLimits, free_blocks: int, block
     return limits.may_ride and forward.may_ride and forward.layer is None and needed <= free_blocks
 
 
-def _pays(forward: ForwardView, view: TrainView, load: Load, cost: CostModel, limits: TrainLimits) -> bool:
-    """Whether tokens are cheaper in a shared forward pass than in slices of their own: not where the model is so small
-    that a step's own overhead weighs more than reading its weights."""
-    tokens = min(forward.num_tokens - forward.done, PROBED_RIDE)
-    own_s = limits.cost.seconds("forward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
-    return _added_s(forward, load, cost, limits, tokens) <= own_s * tokens
-
-
 def _added_s(forward: ForwardView, load: Load, cost: CostModel, limits: TrainLimits, tokens: int) -> float:
     """What `tokens` more in the forward pass take."""
     pairs = pairs_of(forward.rows, forward.done, forward.done + tokens)
@@ -229,18 +218,25 @@ def _added_s(forward: ForwardView, load: Load, cost: CostModel, limits: TrainLim
 def _ride(
     forward: ForwardView, view: TrainView, load: Load, cost: CostModel, limits: TrainLimits, room_s: float
 ) -> int:
-    """How many tokens ride. The first cost least, in every step: beside a microbatch on its way down only as many ride
-    as the rest of the time can take down."""
+    """How many tokens ride. Beside a microbatch on its way down: as many as save most, compared with slices of their
+    own, and no more than the rest of the time can take down; the first ones cost next to nothing, in every step. Else
+    as many as fit, unless slices would get on faster: then none."""
     down_s = 0.0
     if view.backward is not None:
         down_s = limits.cost.seconds("backward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
+    own_s = limits.cost.seconds("forward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
     most = min(forward.num_tokens - forward.done, limits.window or LARGEST_WINDOW)
-    best = 0
+    fits, best, saved_s = 0, 0, 0.0
     for tokens in sorted({most, *range(RIDE_STEP, most, RIDE_STEP)}):
-        if _added_s(forward, load, cost, limits, tokens) + down_s * tokens > room_s:
+        added_s = _added_s(forward, load, cost, limits, tokens)
+        if added_s + down_s * tokens > room_s:
             break
-        best = tokens
-    return best
+        fits = tokens
+        if tokens * own_s - added_s > saved_s:
+            best, saved_s = tokens, tokens * own_s - added_s
+    if view.backward is not None:
+        return best
+    return fits if fits * own_s > room_s or fits == most else 0
 
 
 def _segments(rows: Sequence[TrainRow], start: int, stop: int) -> tuple[Segment, ...]:

@@ -25,7 +25,7 @@ from tandem.scheduler.training import (
     first_guess,
     pairs_of,
 )
-from tandem.work import OptimParams, Example, Pass, Save, Update
+from tandem.work import Example, OptimParams, Pass, Save, Update
 
 LAYERS = 4
 ROWS = (TrainRow(-1, 300, 1), TrainRow(-2, 200, 1))

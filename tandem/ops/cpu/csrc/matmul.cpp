@@ -13,10 +13,8 @@
 namespace tandem {
 namespace {
 
-// Up to so many strips of rows pass each panel once, as it comes from memory.
-constexpr int64_t TALL_STRIPS = 6;
 // Rows whose activations stay in the second-level cache while the weights pass by, and how much of them.
-constexpr int64_t SUPER_STRIPS = 16;
+constexpr int64_t SUPER_STRIPS = 16, BACKWARD_STRIPS = 32;
 constexpr int64_t CACHED_BYTES = 1 << 20;
 constexpr int64_t LARGEST_GROUP = 32;
 constexpr int64_t PREFETCH_BYTES = 8192;
@@ -52,18 +50,6 @@ Scratch& local() {
     return mine;
 }
 
-TANDEM_INLINE void multiply_strips(int64_t strips, const bf16* left, int64_t left_stride, const bf16* right,
-                                   int64_t steps, float* out, bool adds, int64_t rows, Ahead ahead) {
-    switch (strips) {
-        case 1: return multiply_tiles<1, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
-        case 2: return multiply_tiles<2, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
-        case 3: return multiply_tiles<3, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
-        case 4: return multiply_tiles<4, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
-        case 5: return multiply_tiles<5, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
-        default: return multiply_tiles<6, 1>(left, left_stride, right, 0, steps, out, adds, rows, ahead);
-    }
-}
-
 // One or two left strips by one or two right strips.
 TANDEM_INLINE void multiply_block(int64_t lefts, int64_t rights, const bf16* left, int64_t left_stride,
                                   const bf16* right, int64_t right_stride, int64_t steps, float* out, bool adds,
@@ -72,8 +58,10 @@ TANDEM_INLINE void multiply_block(int64_t lefts, int64_t rights, const bf16* lef
         multiply_tiles<2, 2>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
     } else if (rights == 2) {
         multiply_tiles<1, 2>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
+    } else if (lefts == 2) {
+        multiply_tiles<2, 1>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
     } else {
-        multiply_strips(lefts, left, left_stride, right, steps, out, adds, rows, ahead);
+        multiply_tiles<1, 1>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
     }
 }
 
@@ -125,22 +113,23 @@ struct Forward {
     void finish(int64_t first, int64_t count, int64_t rights, int64_t panel, float* out) const {
         for (int64_t j = 0; j < rights; ++j) add_lora(first, count, rights, panel + j, j, out);
         for (int64_t i = 0; i < count; ++i) {
-            for (int64_t j = 0; j < rights; ++j) {
-                const int64_t column = (panel + j) * TILE_COLUMNS;
-                const float* from = out + (i * rights + j) * TILE_OUT;
-                const int64_t row = (first + i) * TILE_ROWS, last = std::min(rows - row, TILE_ROWS);
-                for (int64_t r = 0; r < last; ++r) {
-                    bf16* to = y + (row + r) * y_stride + column;
-                    if (bias) {
-                        alignas(64) float with_bias[16];
-                        for (int64_t c = 0; c < std::min<int64_t>(16, columns - column); ++c)
-                            with_bias[c] = from[16 * r + c] + to_float(bias[column + c]);
-                        store_row(to, with_bias, columns - column);
-                    } else {
-                        store_row(to, from + 16 * r, columns - column);
-                    }
-                }
+            const int64_t row = (first + i) * TILE_ROWS, last = std::min(rows - row, TILE_ROWS);
+            const int64_t column = panel * TILE_COLUMNS;
+            float* from = out + i * rights * TILE_OUT;
+            if (bias) add_bias(column, rights, from);
+            for (int64_t r = 0; r < last; ++r) {
+                bf16* to = y + (row + r) * y_stride + column;
+                if (rights == 2) store_rows(to, from + 16 * r, from + TILE_OUT + 16 * r, columns - column);
+                else store_row(to, from + 16 * r, columns - column);
             }
+        }
+    }
+
+    void add_bias(int64_t column, int64_t rights, float* out) const {
+        for (int64_t c = 0; c < std::min(rights * TILE_COLUMNS, columns - column); ++c) {
+            const float value = to_float(bias[column + c]);
+            float* at = out + c / TILE_COLUMNS * TILE_OUT + c % TILE_COLUMNS;
+            for (int64_t r = 0; r < TILE_ROWS; ++r) at[16 * r] += value;
         }
     }
 
@@ -164,15 +153,15 @@ struct Forward {
         }
     }
 
-    // Few rows: every panel passes once.
-    void tall(int64_t begin, int64_t end) const {
+    // At most 16 rows: one panel after the other, as it comes from memory.
+    void narrow(int64_t begin, int64_t end) const {
         const TileRegisters registers;
-        alignas(64) float out[TALL_STRIPS * TILE_OUT];
+        alignas(64) float out[TILE_OUT];
         for (int64_t panel = begin; panel < end; ++panel) {
             const bf16* right = weight + panel * steps * TILE;
             const Ahead ahead{reinterpret_cast<const char*>(right) + PREFETCH_BYTES, 16};
-            multiply_strips(num_strips(), strips, steps * TILE, right, steps, out, false, rows, ahead);
-            finish(0, num_strips(), 1, panel, out);
+            multiply_tiles<1, 1>(strips, 0, right, 0, steps, out, false, rows, ahead);
+            finish(0, 1, 1, panel, out);
         }
     }
 
@@ -204,18 +193,18 @@ struct Forward {
     // The next pair's panels come into the cache while this one is used, a share with every block.
     Ahead next(int64_t pair, int64_t end, int64_t at, int64_t length, int64_t low, int64_t block, int64_t blocks) const {
         if (pair + 1 >= end || low > 0) return {};
-        const int64_t half = divide_up(blocks, 2), panel = 2 * (pair + 1) + (block >= half);
-        const int64_t lines = divide_up(16, half), place = block >= half ? block - half : block;
-        const bf16* from = weight + (panel * steps + at) * TILE;
-        return {reinterpret_cast<const char*>(from) + place * lines * 64 * length, lines};
+        // Whole panels are neighbours; of pieces only the first panel's is read ahead.
+        const int64_t lines = divide_up(length == steps ? 32 : 16, blocks);
+        const bf16* from = weight + (2 * (pair + 1) * steps + at) * TILE;
+        return {reinterpret_cast<const char*>(from) + block * lines * 64 * length, lines};
     }
 
     // h of part p, rank rows 16 * panel on, strips first and (count 2) first + 1.
     void hide(int64_t p, int64_t panel, int64_t first, int64_t count, const bf16* factors, bf16* hidden_out,
               bf16* h) const {
         alignas(64) float out[2 * TILE_OUT];
-        multiply_strips(count, strips + first * steps * TILE, steps * TILE,
-                        factors + (p * lora.panels() + panel) * steps * TILE, steps, out, false, count * TILE_ROWS, {});
+        multiply_block(count, 1, strips + first * steps * TILE, steps * TILE,
+                       factors + (p * lora.panels() + panel) * steps * TILE, 0, steps, out, false, count * TILE_ROWS, {});
         for (int64_t i = 0; i < count; ++i) {
             bf16* tile = hidden_out + (((p * num_strips() + first + i) * lora.steps()) + panel / 2) * TILE;
             for (int64_t m = 0; m < TILE_ROWS; ++m) {
@@ -233,10 +222,10 @@ struct Forward {
 
     void run() const {
         const int64_t panels = divide_up(columns, TILE_COLUMNS);
-        if (num_strips() <= TALL_STRIPS && num_strips() * steps * TILE * 2 <= CACHED_BYTES) {
+        if (num_strips() == 1) {
             const int64_t group = group_size(panels);
             parallel_tasks(divide_up(panels, group), [&](int64_t task) {
-                tall(task * group, std::min(panels, (task + 1) * group));
+                narrow(task * group, std::min(panels, (task + 1) * group));
             });
         } else {
             const int64_t pairs = divide_up(panels, 2), group = group_size(pairs);
@@ -266,8 +255,8 @@ struct Backward {
     // Units [begin, end): 32 terms of the weight each.
     void run_units(int64_t begin, int64_t end) const {
         const TileRegisters registers;
-        for (int64_t low = 0; low < num_strips(); low += SUPER_STRIPS) {
-            const int64_t count = std::min(SUPER_STRIPS, num_strips() - low), blocks = divide_up(count, 2);
+        for (int64_t low = 0; low < num_strips(); low += BACKWARD_STRIPS) {
+            const int64_t count = std::min(BACKWARD_STRIPS, num_strips() - low), blocks = divide_up(count, 2);
             const int64_t chunks = divide_up(count * steps * TILE * 2, CACHED_BYTES), per = divide_up(steps, chunks);
             const int64_t out_bytes = (end - begin) * blocks * 4 * TILE_OUT * 4;
             char* memory = local().take(out_bytes + 2 * per * TILE * 2);
@@ -291,18 +280,15 @@ struct Backward {
 
     void turn_unit(int64_t unit, int64_t at, int64_t length, bf16* turned) const {
         const int64_t panel_stride = weight_steps() * TILE;
-        alignas(64) bf16 both[2 * TILE];
         for (int64_t step = 0; step < length; ++step) {
             const bf16* right = weight + 2 * (at + step) * panel_stride + unit * TILE;
             // Tiles of one unit are far apart: nothing but this reads them ahead.
-            if (step + 6 < length)
+            if (step + 2 < length)
                 for (int64_t line = 0; line < 16; ++line) {
-                    _mm_prefetch(reinterpret_cast<const char*>(right + 12 * panel_stride) + 64 * line, _MM_HINT_T0);
-                    _mm_prefetch(reinterpret_cast<const char*>(right + 13 * panel_stride) + 64 * line, _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(right + 4 * panel_stride) + 64 * line, _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(right + 5 * panel_stride) + 64 * line, _MM_HINT_T0);
                 }
-            turn(right, right + panel_stride, both);
-            std::memcpy(turned + step * TILE, both, 2 * TILE);
-            std::memcpy(turned + (length + step) * TILE, both + TILE, 2 * TILE);
+            turn(right, right + panel_stride, turned + step * TILE, turned + (length + step) * TILE);
         }
     }
 
@@ -312,7 +298,7 @@ struct Backward {
         for (int64_t p = 0; p < lora.num_parts; ++p) {
             for (int64_t step = 0; step < rank_steps; ++step) {
                 const bf16* panel = factors + ((p * lora.panels() + 2 * step) * weight_steps() + unit) * TILE;
-                turn(panel, panel + weight_steps() * TILE, both);
+                turn(panel, panel + weight_steps() * TILE, both, both + TILE);
                 for (int64_t i = 0; i < 2; ++i)
                     for (int64_t j = 0; j < rights; ++j) {
                         const bf16* right = hidden + ((p * num_strips() + first + j) * rank_steps + step) * TILE;
@@ -321,16 +307,13 @@ struct Backward {
                     }
             }
         }
-        for (int64_t i = 0; i < 2; ++i) {
-            const int64_t term = unit * TILE_TERMS + i * TILE_ROWS;
-            for (int64_t j = 0; j < rights; ++j) {
-                alignas(64) float turned[TILE_OUT];
-                transpose_lanes(out + (i * rights + j) * TILE_OUT, turned);
-                const int64_t row = (first + j) * TILE_COLUMNS, last = std::min(rows - row, TILE_COLUMNS);
-                for (int64_t r = 0; r < last; ++r) {
-                    if (terms > term) store_row(gx + (row + r) * gx_stride + term, turned + 16 * r, terms - term);
-                }
-            }
+        const int64_t term = unit * TILE_TERMS;
+        for (int64_t j = 0; j < rights; ++j) {
+            alignas(64) float turned[2][TILE_OUT];
+            for (int64_t i = 0; i < 2; ++i) transpose_lanes(out + (i * rights + j) * TILE_OUT, turned[i]);
+            const int64_t row = (first + j) * TILE_COLUMNS, last = std::min(rows - row, TILE_COLUMNS);
+            for (int64_t r = 0; r < last; ++r)
+                store_rows(gx + (row + r) * gx_stride + term, turned[0] + 16 * r, turned[1] + 16 * r, terms - term);
         }
     }
 

@@ -94,7 +94,8 @@ void run_blocks(const Op& op, int64_t begin, int64_t end) {
     for (int64_t side = 0; here.block < end; side ^= 1) {
         const Place there = next(here), far = there.block < end ? next(there) : there;
         const int64_t length = length_at(here), slots = pairs * length;
-        const int64_t coming = there.block < end ? length_at(there) : 0, fetching = far.block < end ? length_at(far) : 0;
+        const int64_t coming = there.block < end ? length_at(there) : 0;
+        const int64_t fetching = far.block < end ? length_at(far) : 0;
         char* const to = tiles + (side ^ 1) * 2 * STRETCH * TILE_BYTES;
         int64_t slot = 0, expanded = 0, fetched = 0;
         auto meanwhile = [&] {
@@ -114,7 +115,9 @@ void run_blocks(const Op& op, int64_t begin, int64_t end) {
 }
 
 // Packed rows lie stretch by stretch, in each the strips one after the other.
-inline int64_t rows_bytes(int64_t strips, int64_t steps) { return divide_up(steps, STRETCH) * strips * STRETCH * TILE_BYTES; }
+inline int64_t rows_bytes(int64_t strips, int64_t steps) {
+    return divide_up(steps, STRETCH) * strips * STRETCH * TILE_BYTES;
+}
 
 TANDEM_INLINE int64_t rows_place(int64_t strips, int64_t strip, int64_t step) {
     return ((step / STRETCH * strips + strip) * STRETCH + step % STRETCH) * TILE_BYTES;
@@ -158,6 +161,13 @@ TANDEM_INLINE void multiply_wide(const char* lefts_at, int64_t lefts, int64_t ro
 #endif
 }
 
+// The largest magnitude of numbers, NaN if there is one: magnitudes order like their bits, and NaN's are above all.
+inline float largest(const bf16* x, int64_t count) {
+    uint16_t found = 0;
+    for (int64_t i = 0; i < count; ++i) found = std::max<uint16_t>(found, x[i].bits & 0x7fff);
+    return to_float(bf16{found});
+}
+
 // A group's 32 scales in the order that a tile's rows take them: each twice, for the two terms of a pair.
 struct Scales {
 #if defined(TANDEM_AVX512)
@@ -186,14 +196,15 @@ struct Scales {
 #if defined(TANDEM_AVX512)
 // A row of a right tile: 32 codes, their outputs' scales.
 TANDEM_INLINE void widen_row(__m128i first, __m128i second, const __m512* twice, bf16* to) {
-    const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(first)), b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(second));
+    const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(first));
+    const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(second));
     const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(b, twice[1]), _mm512_mul_ps(a, twice[0]));
     _mm512_storeu_si512(to, (__m512i)both);
 }
 #endif
 
-// One step of int8 codes as two right tiles, `apart` bytes from each other. With FAR, the codes so many bytes further on
-// are brought nearer, line by line: more than a few at once would hold up the loads after them.
+// One step of int8 codes as two right tiles, `apart` bytes from each other. With FAR, the codes so many bytes further
+// on are brought nearer, line by line: more than a few at once would hold up the loads after them.
 template <int64_t FAR = 0>
 TANDEM_INLINE void expand_int8(const uint8_t* codes, const Scales& scales, char* to, int64_t apart) {
     for (int half = 0; half < 2; ++half) {
@@ -234,12 +245,10 @@ struct Backward {
     const uint8_t* block(int64_t index) const { return weight + index * Format::block_bytes(inputs); }
 
     void expand(int64_t unit, int64_t index, char* to) const {
-        alignas(64) char tiles[2 * TILE_BYTES], turned[2 * TILE_BYTES];
+        alignas(64) char tiles[2 * TILE_BYTES];
         Format::expand(block(index), unit, tiles);
-        turn(reinterpret_cast<bf16*>(tiles), reinterpret_cast<bf16*>(tiles + TILE_BYTES),
-             reinterpret_cast<bf16*>(turned));
-        std::memcpy(to, turned, TILE_BYTES);
-        std::memcpy(to + STRETCH * TILE_BYTES, turned + TILE_BYTES, TILE_BYTES);
+        turn(reinterpret_cast<bf16*>(tiles), reinterpret_cast<bf16*>(tiles + TILE_BYTES), reinterpret_cast<bf16*>(to),
+             reinterpret_cast<bf16*>(to + STRETCH * TILE_BYTES));
     }
 
     void fetch(int64_t unit, int64_t index) const { Format::fetch(block(index), unit); }

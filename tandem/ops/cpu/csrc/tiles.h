@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <new>
+#include <type_traits>
 
 #include "common.h"
 
@@ -102,47 +102,35 @@ TANDEM_INLINE void unrolled(const Body& body) {
     }
 }
 
-// out[i][j] (+)= left strip i x right strip j over `steps` tiles; strips are `left_stride`, `right_stride` apart.
-// L * R accumulators: 1x4, 2x2 and up to 6x1 or 1x6.
+// out[i][j] (+)= left strip i x right strip j over `steps` tiles; strips are `left_stride`, `right_stride` apart. One or
+// two of each: four sums and four tiles use all eight registers, and every tile loaded is used as often as can be.
 template <int L, int R>
 TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
                                   int64_t steps, float* out, bool adds, int64_t, Ahead ahead) {
-    constexpr int used = L * R;
-    static_assert(used <= 6);
-    unrolled<used>([&](auto i) {
+    static_assert(L <= 2 && R <= 2);
+    unrolled<L * R>([&](auto i) {
         if (adds) tile_load<i>(out + i * TILE_OUT);
         else tile_zero<i>();
     });
     for (int64_t step = 0; step < steps; ++step) {
-        if constexpr (L == 2 && R == 2) {
-            tile_load<4>(left);
-            tile_load<6>(right);
-            tile_multiply<0, 4, 6>();
+        tile_load<4>(left);
+        tile_load<6>(right);
+        tile_multiply<0, 4, 6>();
+        if constexpr (R == 2) {
             tile_load<7>(right + right_stride);
             tile_multiply<1, 4, 7>();
+        }
+        if constexpr (L == 2) {
             tile_load<5>(left + left_stride);
-            tile_multiply<2, 5, 6>();
-            tile_multiply<3, 5, 7>();
-        } else if constexpr (R == 1) {
-            tile_load<6>(right);
-            unrolled<L>([&](auto i) {
-                tile_load<7>(left + i * left_stride);
-                tile_multiply<i, 7, 6>();
-            });
-        } else {
-            static_assert(L == 1);
-            tile_load<6>(left);
-            unrolled<R>([&](auto j) {
-                tile_load<7>(right + j * right_stride);
-                tile_multiply<j, 6, 7>();
-            });
+            tile_multiply<R, 5, 6>();
+            if constexpr (R == 2) tile_multiply<3, 5, 7>();
         }
         for (int64_t line = 0; line < ahead.lines; ++line) _mm_prefetch(ahead.at + 64 * line, _MM_HINT_T1);
         ahead.at += 64 * ahead.lines;
         left += TILE;
         right += TILE;
     }
-    unrolled<used>([&](auto i) { tile_store<i>(out + i * TILE_OUT); });
+    unrolled<L * R>([&](auto i) { tile_store<i>(out + i * TILE_OUT); });
 }
 
 #else
@@ -324,9 +312,9 @@ inline void pack_right_rows(const bf16* from, int64_t stride, int64_t terms, int
 #endif
 }
 
-// Two neighbouring right tiles (16 columns each, the same 32 terms) become two left tiles whose rows are those terms
-// and whose terms are those 32 columns: the way back through a matrix, from the same bytes.
-inline void turn(const bf16* right, const bf16* next, bf16* left) {
+// Two neighbouring right tiles (16 columns each, the same 32 terms) become two left tiles, `left` and `lower`, whose
+// rows are those terms and whose terms are those 32 columns: the way back through a matrix, from the same bytes.
+inline void turn(const bf16* right, const bf16* next, bf16* left, bf16* lower) {
 #if defined(TANDEM_AVX512)
     alignas(64) static const struct Indices {
         uint16_t even[32], odd[32];
@@ -340,15 +328,17 @@ inline void turn(const bf16* right, const bf16* next, bf16* left) {
     const __m512i even = _mm512_load_si512(indices.even), odd = _mm512_load_si512(indices.odd);
     for (int pair = 0; pair < 16; ++pair) {
         const __m512i a = _mm512_loadu_si512(right + 32 * pair), b = _mm512_loadu_si512(next + 32 * pair);
-        _mm512_storeu_si512(left + 64 * pair, _mm512_permutex2var_epi16(a, even, b));
-        _mm512_storeu_si512(left + 64 * pair + 32, _mm512_permutex2var_epi16(a, odd, b));
+        bf16* to = pair < 8 ? left + 64 * pair : lower + 64 * (pair - 8);
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, even, b));
+        _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, odd, b));
     }
 #else
     for (int pair = 0; pair < 16; ++pair)
         for (int c = 0; c < 16; ++c)
             for (int h = 0; h < 2; ++h) {
-                left[32 * (2 * pair + h) + c] = right[32 * pair + 2 * c + h];
-                left[32 * (2 * pair + h) + 16 + c] = next[32 * pair + 2 * c + h];
+                bf16* to = pair < 8 ? left + 64 * pair : lower + 64 * (pair - 8);
+                to[32 * h + c] = right[32 * pair + 2 * c + h];
+                to[32 * h + 16 + c] = next[32 * pair + 2 * c + h];
             }
 #endif
 }
@@ -360,6 +350,18 @@ TANDEM_INLINE void store_row(bf16* to, const float* from, int64_t count) {
     _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
 #else
     for (int64_t i = 0; i < std::min<int64_t>(count, 16); ++i) to[i] = to_bf16(from[i]);
+#endif
+}
+
+// Two of them side by side, written as one cache line.
+TANDEM_INLINE void store_rows(bf16* to, const float* left, const float* right, int64_t count) {
+#if defined(TANDEM_AVX512)
+    const __mmask32 mask = count >= 32 ? 0xffffffffu : (1u << count) - 1u;
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(right), _mm512_loadu_ps(left));
+    _mm512_mask_storeu_epi16(to, mask, (__m512i)both);
+#else
+    store_row(to, left, count);
+    if (count > 16) store_row(to + 16, right, count - 16);
 #endif
 }
 
