@@ -72,6 +72,10 @@ class CacheConfig:
     )
     num_blocks: int | None = option(None, "number of KV blocks, instead of a size in bytes", low=1)
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory the engine may fill", low=0.0, high=1.0)
+    kv_cache_dtype: str = option(
+        "auto", "numbers in the KV cache; auto: as the weights. int8 or int4 take 1.7 or 3 times fewer bytes, and "
+        "training tokens then do not ride in forward passes of serving", choices=("auto", "int8", "int4"),
+    )  # fmt: skip
     enable_prefix_caching: bool = option(True, "keep and share the KV blocks of common prefixes")
 
 

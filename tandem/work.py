@@ -100,9 +100,6 @@ class OptimParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     momentum: float | None = None
 
 
-AdamParams = OptimParams
-
-
 class Pass(msgspec.Struct, frozen=True, tag=True):
     """Forward over some examples, and backward if it `learns`: gradients add up until the next Update.
 
@@ -134,7 +131,7 @@ class Update(msgspec.Struct, frozen=True, tag=True):
     """One optimiser step with the gradients added up so far, which are zero afterwards."""
 
     run_id: str
-    params: AdamParams
+    params: OptimParams
 
 
 class Probe(msgspec.Struct, frozen=True, tag=True):

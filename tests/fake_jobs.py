@@ -16,6 +16,7 @@ class FakeJobs:
 
     def __init__(self, folder, engine, **config):
         self.config, self.engine, self.folder = JobsConfig(state_dir=str(folder / "state"), **config), engine, folder
+        self.root = folder / "state"
         self.kept = {"file": {}, "job": {}, "adapter": {}, "alias": {}}
         self.events_of, self.checkpoints_of, self.requests, self.lives, self.loads = {}, {}, [], [], []
 

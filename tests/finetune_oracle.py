@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tandem.model.spec import load_spec, targets
-from tandem.work import OptimParams, Example, LoraConfig, Pass, PassReport, TrainOp, Update, UpdateReport
+from tandem.work import Example, LoraConfig, OptimParams, Pass, PassReport, TrainOp, Update, UpdateReport
 
 Factors = dict[tuple[int, str], tuple[Tensor, Tensor]]
 PARAMETER = re.compile(r"layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.default\.weight$")

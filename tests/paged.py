@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,15 @@ from tandem.model.weights import load_weights
 from tandem.ops.attention import Chunk, Layout
 
 MIN_ROWS = 4
+NUM_BLOCKS = 64
+# (tokens already in the cache, new tokens) of each sequence, those of one new token first
+MIXES = {
+    "one single": [(0, 1)],
+    "singles of all lengths": [(n, 1) for n in (0, 1, 3, 4, 5, 17, 40, 90)],
+    "chunk alone": [(0, 9)],
+    "chunk after context": [(13, 5)],
+    "singles and chunks": [(30, 1), (2, 1), (0, 7), (21, 6), (8, 8)],
+}
 
 
 def load_decoder(
@@ -50,6 +61,28 @@ def layout_of(parts: Sequence[tuple[int, int, Sequence[int]]], block_size: int) 
         single_context_B=torch.tensor([context for context, _ in singles], dtype=torch.int64),
         chunks=tuple(chunks),
     )
+
+
+def attention_case(mix: str, block_size: int, heads: tuple[int, int], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Random queries, keys, values and cache for one of MIXES: q, k, v, cache, layout."""
+    generator = torch.Generator().manual_seed(0)
+    free = itertools.cycle(torch.randperm(NUM_BLOCKS - 1, generator=generator).add(1).tolist())
+    parts = []
+    for start, length in MIXES[mix]:
+        parts.append((start, length, [next(free) for _ in range(-(-(start + length) // block_size))]))
+    layout = layout_of(parts, block_size)
+    rows, (num_heads, num_kv_heads), head_dim = len(layout.positions_T), heads, 8
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    cache = random(2, NUM_BLOCKS, num_kv_heads, block_size, head_dim)
+    q, k, v = (
+        random(rows, num_heads, head_dim),
+        random(rows, num_kv_heads, head_dim),
+        random(rows, num_kv_heads, head_dim),
+    )
+    return q, k, v, cache, layout
 
 
 class Paged:

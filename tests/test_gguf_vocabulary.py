@@ -201,7 +201,7 @@ def test_end_tokens_are_named_and_known_ones(tmp_path: Path) -> None:
         ({"ggml.model": "t5"}, "tokenizer.ggml.model='t5' is not supported"),
         ({"ggml.pre": "chatglm-bpe"}, "tokenizer.ggml.pre='chatglm-bpe' is not supported"),
         ({"ggml.merges": ["ab"]}, "'ab', which is no pair"),
-        ({"ggml.token_type": [1, 2]}, "2 tokenizer.ggml.token_type"),
+        ({"ggml.token_type": [1, 2]}, "one number for each of"),
         ({"ggml.tokens": [1, 2]}, "has no tokenizer"),
         ({"ggml.bos_token_id": 70000}, "bos_token_id=70000"),
         ({"ggml.merges": ["Qzz Qzy"]}, "cannot build its tokenizer"),

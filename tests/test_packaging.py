@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMPORT_NAMES = {"pyzmq": "zmq", "pyyaml": "yaml"}
+IMPORT_NAMES = {"pyzmq": "zmq", "pyyaml": "yaml", "protobuf": "google"}
 # Needed by a dependency at run time rather than imported by us; docs/dependencies.md says which one and why.
 INDIRECT = {"jinja2", "numpy", "tokenizers"}
 # Parts of a dependency that come with it.

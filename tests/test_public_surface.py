@@ -11,7 +11,7 @@ ENGINE_FLAGS = """
     --num-blocks --gpu-memory-utilization --enable-prefix-caching --max-num-seqs --max-num-batched-tokens
     --max-num-queued-reqs --max-wait-s --lora-modules --max-loras --max-lora-rank --max-cpu-loras --lora-root
     --slo-tpot-ms --slo-ttft-ms --train-step-ms --train-memory-bytes --train-batch-tokens --train-window
-    --share-forward --deterministic
+    --share-forward --deterministic --quantization --cpu-isa --kv-cache-dtype
 """
 SERVER = "--server --api-key"
 FLAGS = {
@@ -28,7 +28,7 @@ FLAGS = {
         --weight-decay --max-grad-norm --priority --checkpoint-every --validate-every --format --seed
         --tokenizer --revision --dtype --device --max-model-len --num-threads --chat-template --block-size
         --kv-cache-memory-bytes --num-blocks --gpu-memory-utilization --train-memory-bytes --train-batch-tokens
-        --train-window --deterministic""",
+        --train-window --deterministic --quantization --cpu-isa --kv-cache-dtype""",
     "jobs ls": f"{SERVER} --json --limit",
     "jobs show": f"{SERVER} --json",
     "jobs logs": f"{SERVER} --follow",
@@ -57,7 +57,8 @@ FLAGS = {
         --device --max-model-len --num-threads --seed --block-size --kv-cache-memory-bytes --num-blocks
         --gpu-memory-utilization --max-num-seqs --max-num-batched-tokens --max-num-queued-reqs --max-wait-s
         --lora-modules --max-loras --max-lora-rank --max-cpu-loras --lora-root --slo-tpot-ms --train-step-ms
-        --train-memory-bytes --train-batch-tokens --train-window --deterministic""",
+        --train-memory-bytes --train-batch-tokens --train-window --deterministic
+        --quantization --cpu-isa --kv-cache-dtype""",
     "bench memory": "--model --demo --length --window --rank --json --revision --dtype",
     "doctor": "--skip-model --host --port",
     "version": "",

@@ -41,7 +41,9 @@ class Bench:
         import tinker
 
         self.tinker, self.types, self.base_url, self.model = tinker, tinker.types, base_url, model
-        self.service = tinker.ServiceClient(base_url=base_url, api_key=KEY, display_name="methods")
+        self.service = tinker.ServiceClient(
+            project_id="default", base_url=base_url, api_key=KEY, display_name="methods"
+        )
         self.rest = tinker.RestClient(base_url=base_url, api_key=KEY)
         self.admin = tinker.AdminClient(base_url=base_url, api_key=KEY)
         self.training = self.service.create_lora_training_client(model, rank=8).result()
@@ -67,7 +69,7 @@ class Bench:
         return passed.result()
 
     def copy(self) -> str:
-        return self.rest.copy_weights(self.state).result()
+        return self.rest.copy_weights(self.state, "default").result()
 
     def run_of(self, path: str) -> str:
         return path.removeprefix("tinker://").split("/")[0]
@@ -135,7 +137,7 @@ def checks(b: Bench) -> dict[str, dict[str, Callable[[], Any]]]:
         ),
         "create_sampling_client": lambda: sampled(b.service.create_sampling_client(model_path=b.weights).result()),
         "create_custom_loss": lambda: b.service.create_custom_loss(
-            lambda logprobs, weights: -(logprobs * weights).sum(), {"logprobs": 1, "weights": 1}
+            lambda logprobs, weights: (-(logprobs * weights).sum(), {}), {"logprobs": 1, "weights": 1}
         ).result(),
         "create_rest_client": lambda: b.service.create_rest_client(),
         "copy_weights": lambda: b.service.copy_weights(b.state).result().startswith("tinker://"),

@@ -53,7 +53,7 @@ Multiplier = Literal["auto"] | Annotated[float, Field(gt=0, le=1e6)]
 
 REINFORCEMENT = (
     "the method 'reinforcement' is not supported: write the loop yourself with rewards of your own (see "
-    "examples/rl_arithmetic.py), or use 'supervised' or 'dpo'"
+    "examples/rl_sorting.py), or use 'supervised' or 'dpo'"
 )
 
 

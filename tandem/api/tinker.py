@@ -1,7 +1,7 @@
 """Tinker's API at /api/v1: training loops of the user's own, as its public SDKs drive them.
 
-Here: the routes, who asks, and how answers travel. What they do is in `tinker_sessions.py`, `tinker_training.py` and
-`tinker_sampling.py`; listings are in `tinker_rest.py`.
+Here: the routes, who asks, and how answers travel. What they do is in `tinker_sessions.py`, `tinker_training.py`,
+`tinker_sampling.py`; saving is in `tinker_saving.py`, listings in `tinker_rest.py` and `tinker_usage.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from tandem.api import tinker_rest, tinker_sampling, tinker_training
+from tandem.api import tinker_rest, tinker_sampling, tinker_saving, tinker_training, tinker_usage
 from tandem.api.serving import Serving
 from tandem.api.tinker_futures import Future
 from tandem.api.tinker_http import answer, body_of, tenant_of
@@ -70,6 +70,7 @@ def router(serving: Serving, root: Path, patience: Patience | None = None) -> AP
     _add_sampling(routes, sessions)
     _add_futures(routes, sessions)
     tinker_rest.add_routes(routes, sessions)
+    tinker_usage.add_routes(routes, sessions)
     return routes
 
 
@@ -225,7 +226,7 @@ def _add_weights(routes: APIRouter, sessions: Sessions) -> None:
         """Adapter and optimizer state to disk, whole or not at all."""
         body = await body_of(http, SaveWeights)
         model = sessions.model(tenant_of(http), body.model_id)
-        return promise(tinker_training.save(sessions, model, body, "training"))
+        return promise(tinker_saving.save(sessions, model, body, "training"))
 
     @_post(routes, "/save_weights_for_sampler")
     async def save_weights_for_sampler(http: HttpRequest) -> Response:
@@ -233,20 +234,20 @@ def _add_weights(routes: APIRouter, sessions: Sessions) -> None:
         body = await body_of(http, SaveWeights)
         model = sessions.model(tenant_of(http), body.model_id)
         if body.path is None:
-            return promise(tinker_training.snapshot(sessions, model, body))
-        return promise(tinker_training.save(sessions, model, body, "sampler"))
+            return promise(tinker_saving.snapshot(sessions, model, body))
+        return promise(tinker_saving.save(sessions, model, body, "sampler"))
 
     @_post(routes, "/save_weights_external")
     async def save_weights_external(http: HttpRequest) -> Response:
         """The adapter in PEFT's format, to be downloaded."""
         body = await body_of(http, SaveWeights)
         model = sessions.model(tenant_of(http), body.model_id)
-        return promise(tinker_training.save(sessions, model, body, "external"))
+        return promise(tinker_saving.save(sessions, model, body, "external"))
 
     @_post(routes, "/load_weights")
     async def load_weights(http: HttpRequest) -> Response:
         """A checkpoint into a model, or as a new one."""
-        return promise(tinker_training.load(sessions, tenant_of(http), await body_of(http, LoadWeights)))
+        return promise(tinker_saving.load(sessions, tenant_of(http), await body_of(http, LoadWeights)))
 
 
 # ---------------------------------------------------------------- sampling
@@ -316,15 +317,14 @@ def _add_futures(routes: APIRouter, sessions: Sessions) -> None:
         sampler = sessions.sampler(tenant, body.target.sampling_session_id)
         deadline_s = time.monotonic() + min(HOLD_S, HOLD_S if body.timeout is None else max(0.0, body.timeout))
         cursor = max(0, body.prev_cursor)
-        while len(sampler.finished) <= cursor and (left_s := deadline_s - time.monotonic()) > 0:
+        while sampler.num_finished <= cursor and (left_s := deadline_s - time.monotonic()) > 0:
             sampler.news.clear()
             try:
                 await asyncio.wait_for(sampler.news.wait(), left_s)
             except TimeoutError:
                 break
-        new = sampler.finished[cursor:]
-        completions = [{"state": "finished", "request_id": request_id} for request_id in new]
-        return answer({"completions": completions, "cursor": cursor + len(new)})
+        new = [{"state": "finished", "request_id": request_id} for request_id in sampler.finished_since(cursor)]
+        return answer({"completions": new, "cursor": max(cursor, sampler.num_finished)})
 
     @_post(routes, "/cancel_future")
     async def cancel_future(http: HttpRequest) -> Response:

@@ -10,8 +10,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Hashable
+from collections.abc import Awaitable, Coroutine, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tandem.api.tinker_results import Failure, Result
 from tandem.errors import Cancelled, Gone, NotFound, Overloaded, TandemError
@@ -42,7 +43,9 @@ class Future:
     @property
     def result(self) -> Result | None:
         """None while there is none."""
-        return self.task.result() if self.task.done() else None
+        if not self.task.done():
+            return None
+        return Failure(Cancelled("the request was cancelled")) if self.task.cancelled() else self.task.result()
 
 
 class Futures:
@@ -69,11 +72,18 @@ class Futures:
                 f"{MAX_PER_TENANT} requests are under way or uncollected: collect results before asking for more"
             )
 
-    def add(self, tenant: str, session_id: str, key: Hashable, kind: str, work: Awaitable[Result]) -> Future:
+    def add(
+        self, tenant: str, session_id: str, key: Hashable, kind: str, work: Coroutine[Any, Any, Result]
+    ) -> Future:
         """Begin to wait for `work`; what goes wrong with it becomes the future's result."""
         task = asyncio.create_task(_settled(work))
         future = Future(f"req_{secrets.token_hex(16)}", tenant, session_id, key, kind, task)
-        future.task.add_done_callback(lambda _: setattr(future, "done_s", time.monotonic()))
+
+        def done(_: asyncio.Task[Result]) -> None:
+            future.done_s = time.monotonic()
+            work.close()  # it never began if the task was cancelled at once
+
+        task.add_done_callback(done)
         self._futures[future.request_id] = self._by_key[key] = future
         self._counts[tenant] = self._counts.get(tenant, 0) + 1
         return future
@@ -129,8 +139,6 @@ async def _settled(work: Awaitable[Result]) -> Result:
         return await work
     except TandemError as error:
         return Failure(error)
-    except asyncio.CancelledError:
-        return Failure(Cancelled("the request was cancelled"))
     except Exception:
         log.exception("a request failed for a reason that is the server's own")
         return Failure(TandemError("the server failed to do this; its log says why"))

@@ -7,6 +7,7 @@ that nobody uses. Checkpoints are loaded from their files again when they are as
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,11 +92,19 @@ class Residents:
             self._drop(resident)
 
     def _make_room(self) -> None:
-        while len(self._engine.adapters.keys() | self._residents.keys()) >= self._engine.max_resident_adapters:
+        """For one more. At most half of what the engine may hold is ours, for there are other users of adapters."""
+        most = self._engine.max_resident_adapters
+        while (
+            len(self._residents) >= max(1, most // 2)
+            or len(self._engine.adapters.keys() | self._residents.keys()) >= most
+        ):
             idle = [r for r in self._residents.values() if not r.num_users]
             if not idle:
                 raise Overloaded("all adapters that the server may hold are in use (--max-cpu-loras): try again later")
-            self._drop(next((r for r in idle if r.directory is not None), idle[0]))
+            # What can be loaded again goes first; then the oldest of the model that has most.
+            counts = Counter(r.model_id for r in self._residents.values() if r.directory is None)
+            files = [r for r in idle if r.directory is not None]
+            self._drop(files[0] if files else max(idle, key=lambda r: counts[r.model_id]))
 
     def _drop(self, resident: Resident) -> None:
         """Requests that use it finish with it. What the engine answers is nobody's concern: it is gone either way."""

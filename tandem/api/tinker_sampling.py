@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from tandem.api.serving import Serving
 from tandem.api.tinker_futures import Future
-from tandem.api.tinker_results import Candidates, Sampled, SampleResult
+from tandem.api.tinker_results import Candidates, Result, Sampled, SampleResult
 from tandem.api.tinker_schemas import CreateSamplingSession, Sample, Sampling
 from tandem.api.tinker_sessions import Sampler, Session, Sessions
 from tandem.api.tinker_training import check_base
@@ -69,19 +69,17 @@ def sample(sessions: Sessions, sampler: Sampler, body: Sample) -> Future:
             retry_after=1.0,
         )
     sessions.futures.check_room(session.tenant)
+    future = sessions.futures.add(session.tenant, session.session_id, key, "sample", job.run())
+    future.sequence_ids = [f"{future.request_id}:{i}" for i in range(body.num_samples)]
     waiting[0] += body.num_samples
     waiting[1] += size
 
-    async def work() -> SampleResult:
-        try:
-            return await job.run()
-        finally:
-            waiting[0] -= body.num_samples
-            waiting[1] -= size
+    def done(_: asyncio.Task[Result]) -> None:
+        waiting[0] -= body.num_samples
+        waiting[1] -= size
+        sampler.finish(future.request_id)
 
-    future = sessions.futures.add(session.tenant, session.session_id, key, "sample", work())
-    future.sequence_ids = [f"{future.request_id}:{i}" for i in range(body.num_samples)]
-    future.task.add_done_callback(lambda _: sampler.finish(future.request_id))
+    future.task.add_done_callback(done)
     return future
 
 

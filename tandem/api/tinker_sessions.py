@@ -32,6 +32,8 @@ SWEEP_S = 2.0
 MAX_OPEN_SESSIONS = 256  # of one tenant
 NUM_ENDED_KEPT = 1024
 NUM_NOTES = 4096
+OTHERS_SHARE = 8
+NUM_FINISHED_KEPT = 16384
 NUM_USAGE_ROWS = 65536
 
 
@@ -90,12 +92,19 @@ class Sampler:
     adapter: str | None = None
     model_path: str | None = None
     num_clients: int = 1
-    finished: list[str] = field(default_factory=list)  # request ids in the order they were done, for retrieve_futures
+    finished: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_FINISHED_KEPT))  # request ids, oldest first
+    num_finished: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def finish(self, request_id: str) -> None:
         self.finished.append(request_id)
+        self.num_finished += 1
         self.news.set()
+
+    def finished_since(self, cursor: int) -> list[str]:
+        """Request ids done after the first `cursor` ones, as far as they are remembered."""
+        first = self.num_finished - len(self.finished)
+        return list(self.finished)[max(0, cursor - first) :]
 
 
 @dataclass(eq=False)
@@ -140,8 +149,10 @@ class Sessions:
 
     @property
     def seats(self) -> Seats:
+        """Those of the engine but a few, which stay free for requests on other routes."""
         if self._seats is None:
-            self._seats = Seats(max(1, self.serving.report.max_num_seqs))
+            all_seats = self.serving.report.max_num_seqs
+            self._seats = Seats(max(1, all_seats - max(1, all_seats // OTHERS_SHARE)))
         return self._seats
 
     def count(self, session: Session, kind: str, num_tokens: int) -> None:

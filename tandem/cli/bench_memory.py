@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tandem.cli import options, serve
 from tandem.config import DEMO_MODEL, ModelConfig, option
+from tandem.errors import ConfigError
 from tandem.hub import is_gguf, resolve_model
 
 if TYPE_CHECKING:

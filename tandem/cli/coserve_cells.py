@@ -21,7 +21,7 @@ from tandem.cli.latency import Trial
 from tandem.cli.workload import Arrival
 from tandem.engine.client import EngineClient
 from tandem.errors import InvalidRequest, Overloaded, TandemError
-from tandem.work import OptimParams, Example, LoraConfig, Request, SamplingParams
+from tandem.work import Example, LoraConfig, OptimParams, Request, SamplingParams
 
 # Requests not answered so long after the last one came are cut off.
 DRAIN_S = 60.0

@@ -28,6 +28,7 @@ from tandem.cli.latency import Trial
 from tandem.cli.workload import Arrival, Shape
 from tandem.config import DEMO_MODEL, EngineConfig
 from tandem.engine.client import EngineClient
+from tandem.errors import ConfigError
 from tandem.hub import is_gguf, resolve_model
 
 # Requests of a closed loop before they come round again.

@@ -59,6 +59,7 @@ def ready_lines(report: EngineReport, config: ServerConfig, port: int, seconds: 
         f"Ready    after {seconds:.1f} s: {url}/v1 (docs: {url}/docs, metrics: {url}/metrics)",
         f"export OPENAI_BASE_URL={url}/v1",
         f"export OPENAI_API_KEY={key}",
+        f"export TINKER_BASE_URL={url} TINKER_API_KEY=tml-{key}",
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} -d '{message}'",
     ]
     return [line for line in lines if line.split(maxsplit=1)[1:]]

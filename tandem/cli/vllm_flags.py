@@ -25,8 +25,8 @@ _REFUSED = {
         enable-expert-parallel enable-eplb eplb-config all2all-backend distributed-executor-backend nnodes node-rank
         master-addr master-port max-parallel-loading-workers disable-custom-all-reduce ray-workers-use-nsight
         worker-cls worker-extension-cls headless api-server-count enable-dbo dbo-decode-token-threshold""",
-    "it runs weights and cache in float32 or bfloat16 only so far": """
-        kv-cache-dtype calculate-kv-scales kv-cache-dtype-skip-layers""",
+    "every layer's cache has the same --kv-cache-dtype, whose scales are computed as it fills": """
+        calculate-kv-scales kv-cache-dtype-skip-layers""",
     "weights and cache stay where --device says; there is no second tier of memory so far": """
         cpu-offload-gb cpu-offload-params kv-offloading-size kv-offloading-backend enable-sleep-mode num-gpu-blocks""",
     "there is no speculative decoding so far": """
@@ -46,7 +46,7 @@ _REFUSED = {
         trust-remote-code""",
     "it generates text; pooling, embedding and scoring models are not served": """
         runner convert task pooler-config override-pooler-config""",
-    "weights are read from safetensors in a directory or the hub's cache (HF_HOME, HF_TOKEN and HF_HUB_OFFLINE "
+    "weights are read from safetensors or GGUF in a directory or the hub's cache (HF_HOME, HF_TOKEN and HF_HUB_OFFLINE "
     "are honoured)": """
         load-format model-loader-extra-config download-dir ignore-patterns hf-token safetensors-load-strategy
         pt-load-map-location""",
@@ -104,7 +104,7 @@ _HARMLESS = {
 }
 
 _SHORT = {"-tp": "tensor-parallel-size", "-pp": "pipeline-parallel-size", "-dp": "data-parallel-size",
-          "-dcp": "decode-context-parallel-size", "-q": "quantization", "-O": "optimization-level",
+          "-dcp": "decode-context-parallel-size", "-O": "optimization-level",
           "-cc": "compilation-config", "-sc": "speculative-config"}  # fmt: skip
 
 FLAGS: dict[str, ForeignFlag] = {

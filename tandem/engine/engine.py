@@ -88,7 +88,11 @@ class Engine:
             cost=cost,
         )
         self.pace = Pace(config.training, cost)
-        self.training = Training(config.training, self.worker, self.blocks, self.adapters, cost)
+        # A shared forward pass leaves its training rows' keys and values in the cache, where they must be exact.
+        training = config.training
+        if not self.worker.keeps_keys_exact:
+            training = replace(training, share_forward=False)
+        self.training = Training(training, self.worker, self.blocks, self.adapters, cost)
         self.stats = EngineStats(blocks_total=self.blocks.num_total)
         self.plan_log: deque[PlanRecord] = deque(maxlen=PLAN_LOG_STEPS)
         self._seeds = random.Random(config.model.seed)  # of requests that bring none

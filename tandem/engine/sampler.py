@@ -7,16 +7,16 @@ and a preempted row draws the same ones again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tandem.ops import sampling
 from tandem.work import SamplingParams, TopLogprobs
 
-# Candidates looked at before a full sort: top-p of a peaked distribution rarely needs more.
-FIRST_LOOK = 256
 # A smaller temperature overflows the logits; the draw would be the largest one anyway.
 GREEDY_BELOW = 1e-5
 MASK64 = (1 << 64) - 1
@@ -51,26 +51,103 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def sample(logits_MV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[TopLogprobs | None]]:
-    """Choose one token per row of float32 `logits_MV` (changed in place), in this order: penalties, logit_bias,
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How tokens come from what the model's head makes of a row: the ops for it, and the way to float32 logits, where
+    these are more than a wider format (`is_plain` False: soft-capped)."""
+
+    argmax: Callable[[Tensor], Tensor] = sampling.argmax
+    draw: Callable[[Tensor, Tensor, Tensor], Tensor] = sampling.draw
+    draw_filtered: Callable[..., Tensor] = sampling.draw_filtered
+    finish: Callable[[Tensor], Tensor] = Tensor.float
+    is_plain: bool = True
+
+
+_HEAD = Head()
+
+
+def sample(
+    raw_MV: Tensor, draws: Sequence[Draw], head: Head = _HEAD
+) -> tuple[list[int], list[TopLogprobs | None]]:
+    """Choose one token per row of logits (float32 ones may be changed in place), in this order: penalties, logit_bias,
     min_tokens, temperature, top-k, top-p, min-p. Log-probabilities are of the model's own logits, before all of these.
+
+    Rows of which no logit is changed are read as the head left them: making float32 logits of a large vocabulary and
+    going over them costs a good part of a decode step.
     """
+    chosen = [0] * len(draws)
+    reports: list[TopLogprobs | None] = [None] * len(draws)
+    greedy: list[int] = []
+    drawn: list[int] = []
+    others: list[int] = []
+    for i, draw in enumerate(draws):
+        if not _is_simple(draw):
+            others.append(i)
+        elif draw.params.temperature < GREEDY_BELOW:
+            greedy.append(i)
+        else:
+            (drawn if head.is_plain else others).append(i)
+    if greedy:
+        _place(chosen, greedy, head.argmax(_rows(raw_MV, greedy)).tolist())
+    if drawn:
+        _place(chosen, drawn, _draw_rows(_rows(raw_MV, drawn), [draws[i] for i in drawn], head))
+    if others:
+        tokens, found = _sample_adjusted(head.finish(_rows(raw_MV, others)), [draws[i] for i in others], head)
+        _place(chosen, others, tokens)
+        _place(reports, others, found)
+    return chosen, reports
+
+
+def _is_simple(draw: Draw) -> bool:
+    """Nothing changes the row's logits, and nobody wants to know its log-probabilities."""
+    p = draw.params
+    return (
+        p.logprobs is None
+        and p.repetition_penalty == 1.0
+        and not (p.presence_penalty or p.frequency_penalty or p.logit_bias)
+        and draw.num_generated >= p.min_tokens
+    )
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _rows(x_MV: Tensor, wanted: Sequence[int]) -> Tensor:
+    return x_MV if len(wanted) == len(x_MV) else x_MV[wanted]
+
+
+def _place(into: list[Any], places: Sequence[int], values: Sequence[Any]) -> None:
+    for place, value in zip(places, values, strict=True):
+        into[place] = value
+
+
+def _temperatures(draws: Sequence[Draw], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Temperature and random number of each row."""
+    return (
+        torch.tensor([d.params.temperature for d in draws], device=device),
+        torch.tensor(
+            [uniform(d.seed, d.index, d.num_generated) for d in draws], device=device, dtype=torch.float64
+        ),
+    )
+
+
+def _sample_adjusted(
+    logits_MV: Tensor, draws: Sequence[Draw], head: Head
+) -> tuple[list[int], list[TopLogprobs | None]]:
+    """The general way, on float32 logits, which are changed in place."""
     wanted = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
     raw_MV = logits_MV[wanted] if wanted else None
     for i, draw in enumerate(draws):
         _adjust(logits_MV[i], draw)
-    greedy_M = logits_MV.argmax(-1)
-    chosen = greedy_M.tolist()
+    chosen = head.argmax(logits_MV).tolist()
     random_rows = [i for i, draw in enumerate(draws) if draw.params.temperature >= GREEDY_BELOW]
     if random_rows:
-        picked = _draw_rows(logits_MV[random_rows], [draws[i] for i in random_rows])
-        for i, token in zip(random_rows, picked, strict=True):
-            chosen[i] = token
+        _place(chosen, random_rows, _draw_rows(logits_MV[random_rows], [draws[i] for i in random_rows], head))
     reports: list[TopLogprobs | None] = [None] * len(chosen)
     if raw_MV is not None:
         found = top_logprobs(raw_MV, [chosen[i] for i in wanted], [draws[i].params.logprobs or 0 for i in wanted])
-        for i, report in zip(wanted, found, strict=True):
-            reports[i] = report
+        _place(reports, wanted, found)
     return chosen, reports
 
 
@@ -93,89 +170,26 @@ def _adjust(logits_V: Tensor, draw: Draw) -> None:
             logits_V[list(ends)] = -torch.inf
 
 
-def _draw_rows(logits_MV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    device = logits_MV.device
-    temperature_M = torch.tensor([d.params.temperature for d in draws], device=device)
-    scaled_MV = logits_MV / temperature_M[:, None]
-    u_M = torch.tensor([uniform(d.seed, d.index, d.num_generated) for d in draws], device=device, dtype=torch.float64)
-    filtered = [i for i, d in enumerate(draws) if d.params.top_k > 0 or d.params.top_p < 1 or d.params.min_p > 0]
-    plain = [i for i in range(len(draws)) if i not in set(filtered)]
+def _draw_rows(logits_MV: Tensor, draws: Sequence[Draw], head: Head) -> list[int]:
+    """Rows that are drawn: those with filters apart from those without."""
     tokens = [0] * len(draws)
+    filtered = [i for i, d in enumerate(draws) if _is_filtered(d.params)]
+    plain = [i for i, d in enumerate(draws) if not _is_filtered(d.params)]
+    device, vocab = logits_MV.device, logits_MV.shape[1]
     if plain:
-        probs_MV = torch.softmax(scaled_MV[plain], -1)
-        for i, place in zip(plain, _invert(probs_MV, u_M[plain]).tolist(), strict=True):
-            tokens[i] = place
+        picked = [draws[i] for i in plain]
+        _place(tokens, plain, head.draw(_rows(logits_MV, plain), *_temperatures(picked, device)).tolist())
     if filtered:
-        for i, token in zip(filtered, _draw_filtered(scaled_MV[filtered], [draws[i] for i in filtered], u_M[filtered])):
-            tokens[i] = token
-    return tokens
-
-
-def _draw_filtered(scaled_MV: Tensor, draws: Sequence[Draw], u_M: Tensor) -> list[int]:
-    """Draw among the kept candidates of each row; a row whose kept ones may reach beyond the first look is sorted."""
-    filters = _Filters.of(draws, scaled_MV)
-    vocab = scaled_MV.shape[1]
-    values_MK, ids_MK = scaled_MV.topk(min(FIRST_LOOK, vocab), -1)
-    # Equal values in the order of their ids, as in the full sort: a draw must not depend on how topk breaks ties.
-    ids_MK, order_MK = ids_MK.sort(-1)
-    values_MK, order_MK = torch.sort(values_MK.gather(1, order_MK), dim=-1, descending=True, stable=True)
-    probs_MK = filters.kept(values_MK)
-    tokens = ids_MK.gather(1, order_MK).gather(1, _invert(probs_MK, u_M)[:, None])[:, 0].tolist()
-    if vocab > FIRST_LOOK:
-        reaches_end_M = ((probs_MK > 0) & (values_MK == values_MK[:, -1:])).any(-1)
-        # A top-k beyond the first look also needs the mass of what was not seen.
-        for i in (reaches_end_M | (filters.top_k_M > FIRST_LOOK) & (filters.top_k_M < vocab)).nonzero()[:, 0].tolist():
-            values_1V, ids_1V = torch.sort(scaled_MV[i : i + 1], dim=-1, descending=True, stable=True)
-            place = _invert(filters.row(i).kept(values_1V), u_M[i : i + 1])
-            tokens[i] = int(ids_1V[0, place])
-    return tokens
-
-
-@dataclass(frozen=True, slots=True)
-class _Filters:
-    """top-k, top-p and min-p of some rows, and the log of each row's whole mass."""
-
-    top_k_M: Tensor
-    top_p_M: Tensor
-    min_p_M: Tensor
-    total_M: Tensor
-
-    @classmethod
-    def of(cls, draws: Sequence[Draw], scaled_MV: Tensor) -> _Filters:
-        device, vocab = scaled_MV.device, scaled_MV.shape[1]
-        return cls(
-            torch.tensor([min(d.params.top_k or vocab, vocab) for d in draws], device=device),
-            torch.tensor([d.params.top_p for d in draws], device=device),
-            torch.tensor([d.params.min_p for d in draws], device=device),
-            scaled_MV.logsumexp(-1),
+        picked = [draws[i] for i in filtered]
+        temperature_M, u_M = _temperatures(picked, device)
+        limits = (
+            torch.tensor([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in (d.params for d in picked)]),
+            torch.tensor([d.params.top_p for d in picked]),
+            torch.tensor([d.params.min_p for d in picked]),
         )
-
-    def row(self, i: int) -> _Filters:
-        return _Filters(*(x[i : i + 1] for x in (self.top_k_M, self.top_p_M, self.min_p_M, self.total_M)))
-
-    def kept(self, values_MK: Tensor) -> Tensor:
-        """Probabilities of the candidates (scaled logits, best first), 0 for those filtered away.
-
-        top-p and min-p act on what top-k left over, renormalised, as in transformers; the best one always stays.
-        """
-        in_k_MK = torch.arange(values_MK.shape[1], device=values_MK.device)[None] < self.top_k_M[:, None]
-        probs_MK = torch.where(in_k_MK, (values_MK - self.total_M[:, None]).exp(), 0.0)
-        is_cut_M = self.top_k_M <= values_MK.shape[1]
-        probs_MK = probs_MK / torch.where(is_cut_M, probs_MK.sum(-1), 1.0)[:, None]
-        before_MK = probs_MK.cumsum(-1) - probs_MK
-        keep_MK = in_k_MK & (before_MK < self.top_p_M[:, None])
-        keep_MK &= probs_MK >= self.min_p_M[:, None] * probs_MK[:, :1]
-        keep_MK[:, 0] = True
-        return torch.where(keep_MK, probs_MK, 0.0)
-
-
-def _invert(probs_MK: Tensor, u_M: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution at u (need not be normalised); never a place of probability 0."""
-    cumulative_MK = probs_MK.double().cumsum(-1)
-    target_M = u_M.to(cumulative_MK.dtype) * cumulative_MK[:, -1]
-    places_M = torch.searchsorted(cumulative_MK, target_M[:, None], right=True)[:, 0]
-    last_M = (probs_MK > 0).long().cumsum(-1).argmax(-1)
-    return torch.minimum(places_M, last_M)
+        found_M = head.draw_filtered(_rows(logits_MV, filtered), temperature_M, *(x.to(device) for x in limits), u_M)
+        _place(tokens, filtered, found_M.tolist())
+    return tokens
 
 
 def top_logprobs(logits_MV: Tensor, chosen: Sequence[int], wanted: Sequence[int]) -> list[TopLogprobs]:

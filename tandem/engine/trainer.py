@@ -25,7 +25,15 @@ from tandem.memory import arena
 from tandem.model.adapter import AdapterWeights, module_name, read_adapter
 from tandem.model.decoder import Decoder, Record
 from tandem.model.gradients import (
-    KEPT, Buffers, DenseLayer, LayerFactors, Microbatch, TrainSequence, hash_64, layer_factors, logits,
+    KEPT,
+    Buffers,
+    DenseLayer,
+    LayerFactors,
+    Microbatch,
+    TrainSequence,
+    hash_64,
+    layer_factors,
+    logits,
 )  # fmt: skip
 from tandem.model.spec import targets
 from tandem.scheduler.progress import Batch, Queued
@@ -42,7 +50,8 @@ LARGEST_SCALING = 1e3
 
 @dataclass(slots=True)
 class Slot:
-    """A run on the device: `layers` are its factors in the model's dtype, the scaling in b, as serving wants them."""
+    """A run on the device: `layers` are its factors in the model's dtype, the scaling in b, as serving wants them.
+    `is_shared`: a published version has these very tensors, so the next change makes new ones."""
 
     run: Run
     layers: list[dict[str, tuple[Tensor, Tensor]]]
@@ -51,6 +60,7 @@ class Slot:
     reference: LayerFactors | None = None  # the factors of `init_from`, once somebody has asked for them
     grad_norm: float = 0.0
     anchor_P: Tensor | None = None  # the weights before the probe under way
+    is_shared: bool = False
 
 
 @dataclass(slots=True)
@@ -202,16 +212,21 @@ class Trainer:
 
     def _refresh(self, version: int) -> None:
         slot = self.slots[version]
+        if slot.is_shared:
+            for shared in slot.layers:
+                shared.update({name: (torch.empty_like(a), torch.empty_like(b)) for name, (a, b) in shared.items()})
+            slot.factors = layer_factors(slot.layers, slot.run.gradients, self.targets, slot.run.scaling)
+            slot.is_shared = False
         for mine, layer in zip(slot.layers, slot.run.weights, strict=True):
             for name, (a_RI, b_RO) in layer.items():
                 mine[name][0].copy_(a_RI)
                 mine[name][1].copy_(b_RO * slot.run.scaling)
 
     def snapshot(self, version: int) -> AdapterWeights:
-        """The same as they are now: copies, which no update changes."""
+        """The same as they are now, whatever becomes of the run. Copies nothing: the next update does."""
         slot = self.slots[version]
-        layers = tuple({name: (a.clone(), b.clone()) for name, (a, b) in layer.items()} for layer in slot.layers)
-        return AdapterWeights(slot.run.lora.rank, layers, self.base_model)
+        slot.is_shared = True
+        return AdapterWeights(slot.run.lora.rank, tuple(dict(layer) for layer in slot.layers), self.base_model)
 
     def save(self, version: int, path: str, with_optimizer: bool = True) -> None:
         """Write a run to a new directory; its weights must not change meanwhile. Raises TandemError."""

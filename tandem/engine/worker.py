@@ -25,7 +25,8 @@ from tandem.memory import arena
 from tandem.model.adapter import AdapterWeights, read_adapter
 from tandem.model.decoder import Decoder, LayerStacks, LoraBatch, Record, stack_layers
 from tandem.model.spec import load_spec, targets
-from tandem.model.weights import load_weights
+from tandem.model.weights import load_weights, resident_bytes
+from tandem.ops.kv_cache import FORMATS, QuantizedCache
 from tandem.work import EngineReport, SamplingParams, Segment, StepPlan, StepResult, TopLogprobs
 
 SCORED_ROWS = 64  # prompt tokens whose log-probabilities are computed at once
@@ -67,20 +68,27 @@ class Worker:
         self.dtype = _dtype(model.dtype, self.spec.dtype)
         self.kernels = ops.load(self.device.type, self.dtype, model.cpu_isa, model.quantization)
         self._afford(
-            self.spec.num_parameters * self.dtype.itemsize, "the model", "free some memory or use a smaller model"
-        )
+            resident_bytes(self.spec, self.dtype, model.quantization), "the model",
+            "free some memory, use a smaller model or --quantization int8 or int4",
+        )  # fmt: skip
         weights = load_weights(
             path, self.spec, dtype=self.dtype, device=self.device, kernels=self.kernels, progress=on_progress
         )
         self.decoder = Decoder(self.spec, weights, self.kernels)
+        is_plain = self.spec.final_softcap is None
+        kernels = self.kernels
+        self.head = sampler.Head(
+            kernels.argmax, kernels.draw, kernels.draw_filtered, self.decoder.finished, is_plain
+        )
         self.load_s = time.perf_counter() - start
         self.name = model.model
         self.weight_bytes = weights.nbytes
         self.max_lora_rank = adapters.max_lora_rank
         self.block_size = cache.block_size
+        self.kv_bits = FORMATS.get(cache.kv_cache_dtype, 0)
         self.num_blocks, self.max_model_len = self._plan_cache(cache, scheduler, model.max_model_len)
         self.kv = self._allocate_kv()
-        self.caches = list(self.kv.unbind(0))
+        self.caches = self._layer_caches()
         self.targets = targets(self.spec)
         shapes = {name: (t.in_features, t.out_features) for name, t in self.targets.items()}
         self.pool = arena.AdapterPool(len(self.spec.layers), shapes, self.dtype, self.device)
@@ -92,7 +100,9 @@ class Worker:
     def _plan_cache(self, cache: CacheConfig, scheduler: SchedulerConfig, asked_len: int | None) -> tuple[int, int]:
         """Number of blocks and the longest context. A length nobody asked for shrinks to what the memory holds."""
         spec = self.spec
-        size = arena.block_bytes(len(spec.layers), cache.block_size, spec.num_kv_heads, spec.head_dim, self.dtype)
+        size = arena.block_bytes(
+            len(spec.layers), cache.block_size, spec.num_kv_heads, spec.head_dim, self.dtype, self.kv_bits
+        )
         longest = asked_len or spec.max_position
         enough = scheduler.max_num_seqs * -(-longest // cache.block_size) + 1
         if cache.num_blocks is not None:
@@ -113,9 +123,20 @@ class Worker:
     def _allocate_kv(self) -> Tensor:
         spec = self.spec
         shape = (len(spec.layers), self.num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim)
-        needed = self.num_blocks * arena.block_bytes(shape[0], *shape[2:], self.dtype)
+        needed = self.num_blocks * arena.block_bytes(shape[0], *shape[2:], self.dtype, self.kv_bits)
         self._afford(needed, "the KV cache", "lower --num-blocks or --kv-cache-memory-bytes")
-        return arena.allocate_kv(*shape, self.dtype, self.device)
+        return arena.allocate_kv(*shape, self.dtype, self.device, self.kv_bits)
+
+    def _layer_caches(self) -> list[Tensor | QuantizedCache]:
+        if not self.kv_bits:
+            return list(self.kv.unbind(0))
+        head_dim = self.spec.head_dim
+        return [QuantizedCache(layer, self.kv_bits, self.block_size, head_dim) for layer in self.kv[:, 0].unbind(0)]
+
+    @property
+    def keeps_keys_exact(self) -> bool:
+        """Whether keys and values in the cache are what the model computed: training reads no others."""
+        return not self.kv_bits
 
     def _afford(self, needed: int, what: str, remedy: str) -> None:
         free = arena.available_bytes(self.device, 1.0)
@@ -190,9 +211,9 @@ class Worker:
         hidden_TD = self.decoder.forward(batch.tokens_T, batch.layout, self.caches, lora, record)
         result = StepResult(prompt_logprobs=self._prompt_logprobs(plan, rows, batch, hidden_TD))
         if batch.sampling:
-            logits_MV = self.decoder.logits(hidden_TD[batch.sample_rows_M])
+            raw_MV = self.decoder.raw_logits(hidden_TD[batch.sample_rows_M])
             draws = [draw for s in batch.sampling if (draw := rows[s.row].draw) is not None]
-            tokens, reports = sampler.sample(logits_MV, draws)
+            tokens, reports = sampler.sample(raw_MV, draws, self.head)
             for segment, token, report in zip(batch.sampling, tokens, reports, strict=True):
                 result.tokens[segment.row] = token
                 if report is not None:

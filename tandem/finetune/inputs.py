@@ -106,7 +106,8 @@ def _check_soft(op: Pass, i: int, example: Example) -> None:
     for position, (targets, weights) in enumerate(zip(example.soft_targets, example.soft_weights, strict=True)):
         if len(targets) != len(weights):
             raise InvalidRequest(
-                f"example {i}, position {position}: {len(targets)} soft targets, {len(weights)} soft weights", "examples"
+                f"example {i}, position {position}: {len(targets)} soft targets, {len(weights)} soft weights",
+                "examples",
             )
         _check_finite(i, "soft weight", weights)
 

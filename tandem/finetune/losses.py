@@ -130,17 +130,17 @@ def _policy_metrics(t: Terms, ratio_T: Tensor, clipped_T: Tensor | None = None) 
 
 
 class Part(NamedTuple):
-    """Rows start:stop of a microbatch: example `index` of an operation."""
+    """Rows start:stop of a microbatch: example `number` of an operation."""
 
     op_id: int
     op: Pass
-    index: int
+    number: int
     start: int
     stop: int
 
     @property
     def example(self) -> Example:
-        return self.op.examples[self.index]
+        return self.op.examples[self.number]
 
 
 @dataclass(slots=True)
@@ -177,13 +177,15 @@ class Objective:
                     graded.append(part.start + i)
                 elif part.op.wants_logprobs:
                     others.append(part.start + i)
-        assert len(graded) + len(others) == sum(part.op.num_counted(part.index) for part in parts)
+        assert len(graded) + len(others) == sum(part.op.num_counted(part.number) for part in parts)
         self.num_graded = len(graded)
         self.rows_M = self._ints(graded + others)
         targets_N = self._ints([token for part in parts for token in part.example.targets])
         self._weights_N = self._floats([weight for part in parts for weight in part.example.weights])
         self._targets_M = targets_N[self.rows_M]
-        self._soft = _SoftTargets(parts, graded + others, device) if any(p.example.soft_targets for p in parts) else None
+        self._soft = (
+            _SoftTargets(parts, graded + others, device) if any(p.example.soft_targets for p in parts) else None
+        )
         self._logprobs_M = torch.zeros(len(self.rows_M), device=device)
         self._is_best_M = torch.zeros(len(self.rows_M), dtype=torch.bool, device=device)
 
@@ -244,7 +246,7 @@ class Objective:
                 found.num_correct += int(is_best_N[span][at_T].sum())
             if first.op.wants_logprobs or first.op.frozen:
                 for part in parts:
-                    found.logprobs[part.index] = logprobs_N[part.start : part.stop].tolist()
+                    found.logprobs[part.number] = logprobs_N[part.start : part.stop].tolist()
         if self._soft is not None:
             self._soft.report(totals)
         if grad_ND is not None:
@@ -264,7 +266,7 @@ class Objective:
             old = self._floats([value for part in parts for value in part.example.logprobs])[at_T]
             advantages = self._floats([value for part in parts for value in part.example.advantages])[at_T]
         elif parts[0].op.group_size > 1:
-            known = [reference[part.index] if reference else part.example.logprobs for part in parts]
+            known = [reference[part.number] if reference else part.example.logprobs for part in parts]
             old = self._floats([value for values in known for value in values])[at_T]
         lengths = self._ints([part.stop - part.start for part in parts])
         sequence = torch.arange(len(parts), device=self._device).repeat_interleave(lengths)
@@ -332,8 +334,8 @@ class _SoftTargets:
         by_example: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for m, (part, i) in enumerate(self._places):
             if part.example.soft_targets and part.op.wants_logprobs and part.op_id in totals:
-                by_example.setdefault((part.op_id, part.index), []).append((i, m))
-        for (op_id, index), places in by_example.items():
-            totals[op_id].logprobs[index] = [
+                by_example.setdefault((part.op_id, part.number), []).append((i, m))
+        for (op_id, number), places in by_example.items():
+            totals[op_id].logprobs[number] = [
                 value for _, m in sorted(places) for value in logprobs[self._starts[m] : self._starts[m + 1]]
             ]

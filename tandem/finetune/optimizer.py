@@ -152,12 +152,11 @@ def _fused_adamw(optimizer: Optimizer, w: Tensor, g: Tensor, mean: Tensor, squar
 def _adamw8bit(optimizer: Optimizer, w: Tensor, g: Tensor, part: slice, params: OptimParams) -> None:
     """AdamW whose moments are kept in 8 bits, block by block (Dettmers et al. 2022, arXiv 2110.02861)."""
     state, blocks = optimizer.state, slice(part.start // BLOCK, -(-part.stop // BLOCK))
-    moments = []
-    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-        moments.append(dequantized(state[name][part], state[f"{name}_scale"][blocks], signed))
-    _fused_adamw(optimizer, w, g, *moments, params)
-    for (name, signed), moment in zip((("exp_avg", True), ("exp_avg_sq", False)), moments, strict=True):
-        state[name][part], state[f"{name}_scale"][blocks] = quantized(moment, signed)
+    mean = dequantized(state["exp_avg"][part], state["exp_avg_scale"][blocks], signed=True)
+    square = dequantized(state["exp_avg_sq"][part], state["exp_avg_sq_scale"][blocks], signed=False)
+    _fused_adamw(optimizer, w, g, mean, square, params)
+    state["exp_avg"][part], state["exp_avg_scale"][blocks] = quantized(mean, signed=True)
+    state["exp_avg_sq"][part], state["exp_avg_sq_scale"][blocks] = quantized(square, signed=False)
 
 
 def _sgd(optimizer: Optimizer, w: Tensor, g: Tensor, part: slice, params: OptimParams) -> None:

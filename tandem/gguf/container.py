@@ -183,9 +183,7 @@ class _Cursor:
         kind, count = self.unpack("<IQ")
         if kind == _STRING:
             return self.strings(self.plausible(count, 8))
-        if kind == _ARRAY:
-            return [self.array() for _ in range(self.plausible(count, 12))]
-        layout = _layout(kind)
+        layout = _layout(kind)  # arrays of arrays are in the format's text and in no file
         self.plausible(count, struct.calcsize(layout))
         return list(self.unpack(f"<{count}{layout[1]}"))
 

@@ -56,7 +56,9 @@ SPLITTINGS: dict[str, Splitting] = {
 
 
 def end_tokens(gguf: Gguf) -> list[int]:
-    """Ids of the tokens that end an answer, the file's end token first."""
+    """Ids of the tokens that end an answer, the file's end token first; none where the file has no tokenizer."""
+    if "tokenizer.ggml.tokens" not in gguf.metadata:
+        return []
     named = [token_id(gguf, f"{name}_token_id") for name in ("eos", "eot", "eom")]
     known = [i for i, (token, kind) in enumerate(zip(*_tokens(gguf))) if kind == CONTROL and token in ENDS]
     return list(dict.fromkeys([i for i in named if i is not None] + known))
@@ -68,7 +70,7 @@ def token_id(gguf: Gguf, name: str) -> int | None:
     # Files without the token write the largest number.
     if value is None or value == 2**32 - 1:
         return None
-    count = len(gguf.metadata.get("tokenizer.ggml.tokens") or ())
+    count = len(_tokens(gguf)[0])
     if not isinstance(value, int) or not 0 <= value < count:
         raise ModelError(f"{gguf.path}: tokenizer.ggml.{name}={value!r} is none of the {count} tokens")
     return value
@@ -82,7 +84,7 @@ def load_tokenizer(gguf: Gguf) -> Any:
     import transformers
 
     kind = gguf.metadata.get("tokenizer.ggml.model")
-    if kind not in _BUILDERS:
+    if not isinstance(kind, str) or kind not in _BUILDERS:
         supported = ", ".join(_BUILDERS)
         raise ModelError(
             f"{gguf.path}: tokenizer.ggml.model={kind!r} is not supported (supported are {supported}): "
@@ -113,8 +115,10 @@ def _tokens(gguf: Gguf) -> tuple[list[str], list[int]]:
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise ModelError(f"{gguf.path} has no tokenizer (tokenizer.ggml.tokens): give --tokenizer DIR_OR_HUB_ID")
     kinds = gguf.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if len(kinds) != len(tokens):
-        raise ModelError(f"{gguf.path}: {len(kinds)} tokenizer.ggml.token_type for {len(tokens)} tokens")
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise ModelError(
+            f"{gguf.path}: tokenizer.ggml.token_type must hold one number for each of {len(tokens)} tokens"
+        )
     return tokens, kinds
 
 

@@ -51,8 +51,9 @@ class TandemExtras(msgspec.Struct, frozen=True, kw_only=True):
     """What a job may say beyond OpenAI's API. None is resolved when the job is created or its files are checked.
 
     alpha: 2 x rank by default. learning_rate: before the multiplier. max_seq_len: tokens, the model's context by
-    default. optimizer: a kind of `work.OptimParams`, or mezo. checkpoint_every and validate_every: optimiser steps (default: at each epoch's end). priority: higher
-    starts first and gets twice the share per unit. The shape of an adapter that is continued cannot be changed.
+    default. optimizer: a kind of `work.OptimParams`, or mezo. checkpoint_every and validate_every: optimiser steps
+    (default: at each epoch's end). priority: higher starts first and gets twice the share per unit. The shape of an
+    adapter that is continued cannot be changed.
     """
 
     rank: int = 16
@@ -92,9 +93,10 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A fine-tuning job. `hyperparameters` has n_epochs, batch_size and learning_rate_multiplier, and beta for dpo:
-    "auto" until the files are checked, then numbers. `step` of `total_steps` optimiser steps are done, which is 0 before that check.
-    `base_model` is the model below all adapters, `parent` the adapter whose weights are the start. `error` has code,
-    message and param."""
+    "auto" until the files are checked, then numbers. `step` of `total_steps` optimiser steps are done, which is 0
+    before that check. `base_model` is the model below all adapters, `parent` the adapter whose weights are the start.
+    `error` has code, message and param.
+    """
 
     job_id: str
     created_at: int

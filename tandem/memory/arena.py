@@ -18,13 +18,19 @@ import psutil
 import torch
 from torch import Tensor
 
+from tandem.ops import kv_cache
+
 # A cache beyond this on a CPU is rarely of use and is memory the user has other plans for.
 DEFAULT_CPU_KV_BYTES = 4 * 2**30
 FREE_SHARE = 0.5
 
 
-def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block over all layers, keys and values."""
+def block_bytes(
+    num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, bits: int = 0
+) -> int:
+    """Bytes of one KV block over all layers, keys and values; `bits` of a quantised cache are 8 or 4."""
+    if bits:
+        return num_layers * num_kv_heads * kv_cache.head_bytes(bits, block_size, head_dim)
     return num_layers * 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
 
 
@@ -54,9 +60,14 @@ def allocate_kv(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    bits: int = 0,
 ) -> Tensor:
-    """The KV cache as one zeroed tensor [L, 2, N, K, S, D]; zeros, because masked slots are still multiplied by 0."""
-    shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
+    """The KV cache as one zeroed tensor [L, 2, N, K, S, D]; zeros, because masked slots are still multiplied by 0.
+    A quantised one is uint8, [L, 1, N, K, bytes]."""
+    shape: tuple[int, ...] = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
+    if bits:
+        shape = (num_layers, 1, num_blocks, num_kv_heads, kv_cache.head_bytes(bits, block_size, head_dim))
+        dtype = torch.uint8
     if device.type == "cpu":
         return _huge_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from tandem.model.rope import RopeSpec, rope_frequencies
 from tandem.model.spec import ModelSpec, Target, targets
 from tandem.model.weights import Weights
 from tandem.ops import Kernels
-from tandem.ops.attention import Layout, Reads
+from tandem.ops.attention import Layout
+from tandem.ops.kv_cache import QuantizedCache
 from tandem.ops.lora import Part, Stack
 
 MIN_ROWS = 4  # from here on a row's result does not depend on how many others there are
@@ -69,9 +71,9 @@ class Decoder:
         self.weights = weights
         self.kernels = kernels
         self.targets = targets(spec)
-        self.dtype = weights.embedding.weight.dtype
+        self.dtype = weights.final_norm_D.dtype
         self.gated = {"silu": kernels.silu_mul, "gelu_tanh": kernels.gelu_tanh_mul}[spec.activation]
-        device = weights.embedding.weight.device
+        device = weights.final_norm_D.device
         ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
         self.frequencies = {rope: rope_frequencies(rope).to(device) for rope in ropes}
         self.windows = {layer.window for layer in spec.layers}
@@ -83,12 +85,12 @@ class Decoder:
         self,
         tokens_T: Tensor,
         layout: Layout,
-        caches: Sequence[Tensor],
+        caches: Sequence[Tensor | QuantizedCache],
         lora: LoraBatch | None = None,
         record: Record | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [T, D]. Keys and values of all rows are written to `caches`, one per
-        layer, [2, num_blocks, K, block_size, head_dim]. T is at least 4, padding included."""
+        layer, [2, num_blocks, K, block_size, head_dim] or quantised. T is at least 4, padding included."""
         groups = self.spec.num_heads // self.spec.num_kv_heads
         reads = {w: self.kernels.prepare_attention(layout, caches[0], w, groups) for w in self.windows}
         angles = self.angles(layout.positions_T)
@@ -116,9 +118,17 @@ class Decoder:
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """float32 logits [M, V] of final hidden states."""
+        return self.finished(self.raw_logits(hidden_MD))
+
+    def raw_logits(self, hidden_MD: Tensor) -> Tensor:
+        """What the head makes of final hidden states, [M, V] in the model's dtype: ordered as the logits are."""
         num_rows = len(hidden_MD)
         padded = pad(hidden_MD, (0, 0, 0, MIN_ROWS - num_rows)) if num_rows < MIN_ROWS else hidden_MD
-        logits_MV = self.kernels.linear(padded, self.weights.lm_head)[:num_rows].float()
+        return self.kernels.linear(padded, self.weights.lm_head)[:num_rows]
+
+    def finished(self, raw_MV: Tensor) -> Tensor:
+        """float32 logits of raw ones."""
+        logits_MV = raw_MV.float()
         if self.spec.final_softcap is not None:
             logits_MV = self.kernels.softcap(logits_MV, self.spec.final_softcap)
         return logits_MV
@@ -130,8 +140,10 @@ class Decoder:
         attended_TD = project("o", attend(*self.heads(index, qkv_TO, angles)).flatten(1))
         if weights.post_attention_norm is not None:
             attended_TD = self.norm(attended_TD, weights.post_attention_norm)
-        x_TD = x_TD + attended_TD
-        gate_up_T2I = project("gate_up", self.norm(x_TD, weights.pre_mlp_norm))
+        x_TD, normed_TD = self.kernels.add_rms_norm(
+            attended_TD, x_TD, weights.pre_mlp_norm, self.spec.norm_eps, self.spec.norm_plus_one
+        )
+        gate_up_T2I = project("gate_up", normed_TD)
         down_TD = project("down", self.gated(gate_up_T2I))
         if weights.post_mlp_norm is not None:
             down_TD = self.norm(down_TD, weights.post_mlp_norm)
@@ -142,11 +154,11 @@ class Decoder:
         spec, weights, rope = self.spec, self.weights.layers[index], self.spec.layers[index].rope
         heads_THC = qkv_TO.view(len(qkv_TO), -1, spec.head_dim)
         qk_THC, v_TKC = heads_THC.split((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
-        if weights.q_norm is not None and weights.k_norm is not None:
-            q_THC, k_TKC = qk_THC.split((spec.num_heads, spec.num_kv_heads), 1)
-            qk_THC = torch.cat((self.norm(q_THC, weights.q_norm), self.norm(k_TKC, weights.k_norm)), 1)
-        if rope is not None:
-            qk_THC = self.kernels.rope(qk_THC, *angles[rope])
+        if rope is not None or weights.q_norm is not None:
+            qk_THC = self.kernels.norm_rope(
+                qk_THC, spec.num_heads, weights.q_norm, weights.k_norm, None if rope is None else angles[rope],
+                spec.norm_eps, spec.norm_plus_one,
+            )  # fmt: skip
         q_THC, k_TKC = qk_THC.split((spec.num_heads, spec.num_kv_heads), 1)
         return q_THC, k_TKC, v_TKC
 
@@ -156,9 +168,9 @@ class Decoder:
     def _attend(
         self,
         index: int,
-        cache: Tensor,
+        cache: Tensor | QuantizedCache,
         layout: Layout,
-        reads: Mapping[int | None, Reads],
+        reads: Mapping[int | None, Any],
         q_THC: Tensor,
         k_TKC: Tensor,
         v_TKC: Tensor,

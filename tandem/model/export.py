@@ -54,10 +54,10 @@ class Patch:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to write: the named tensors of the file `source`, which are held in `dtype` where they are quantised."""
+    """A file to write: the named tensors (None: all) of the file `source`, in `dtype` where they are quantised."""
 
     source: Path
-    names: list[str]
+    names: list[str] | None
     target: str
     dtype: torch.dtype
 
@@ -96,25 +96,23 @@ def merge_adapter(model: Path, adapter: Path, output: Path, progress: Callable[[
 def _shards(files: list[Path], spec: ModelSpec) -> list[Shard]:
     """One for every safetensors file, under its name; a GGUF file's tensors in their order, so many to a file."""
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(spec.dtype, torch.bfloat16)
-    groups: list[tuple[Path, list[str]]] = []
-    for file in files:
-        with open_weights(file, dtype) as tensors:
-            groups.append((file, []))
-            room = FILE_BYTES
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if is_gguf(file):
-                    room -= math.prod(tensors.get_slice(name).get_shape()) * dtype.itemsize
-                if room < 0 and groups[-1][1]:
-                    groups.append((file, []))
-                    room = FILE_BYTES
-                groups[-1][1].append(name)
     if not is_gguf(files[0]):
-        return [Shard(file, names, file.name, dtype) for file, names in groups]
+        return [Shard(file, None, file.name, dtype) for file in files]
+    groups: list[list[str]] = [[]]
+    room = FILE_BYTES
+    with open_weights(files[0], dtype) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            nbytes = math.prod(tensors.get_slice(name).get_shape()) * dtype.itemsize
+            if nbytes > room and groups[-1]:
+                groups.append([])
+                room = FILE_BYTES
+            room -= nbytes
+            groups[-1].append(name)
     if len(groups) == 1:
-        return [Shard(files[0], groups[0][1], "model.safetensors", dtype)]
+        return [Shard(files[0], groups[0], "model.safetensors", dtype)]
     return [
-        Shard(file, names, f"model-{index:05d}-of-{len(groups):05d}.safetensors", dtype)
-        for index, (file, names) in enumerate(groups, 1)
+        Shard(files[0], names, f"model-{index:05d}-of-{len(groups):05d}.safetensors", dtype)
+        for index, names in enumerate(groups, 1)
     ]
 
 
@@ -124,7 +122,7 @@ def _describe(model: Path, shards: list[Shard], output: Path) -> None:
     config, generation = config_of(gguf)
     described = {"config.json": config, "generation_config.json": generation}
     if len(shards) > 1:
-        weight_map = {name: shard.target for shard in shards for name in shard.names}
+        weight_map = {name: shard.target for shard in shards for name in shard.names or ()}
         described["model.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
     for name, content in described.items():
         (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -184,20 +182,21 @@ def _check(shards: list[Shard], spec: ModelSpec, patches: dict[str, list[Patch]]
     for shard in shards:
         file = shard.source
         with open_weights(file, shard.dtype) as tensors:
-            for name in missing & set(shard.names):
+            names = set(shard.names or tensors.keys())
+            for name in missing & names:
                 found = tensors.get_slice(name)
                 if tuple(found.get_shape()) != shapes[name]:
                     raise ModelError(f"{file}: tensor {name} has shape {found.get_shape()}, not {list(shapes[name])}")
                 if found.get_dtype() not in LOADABLE:
                     raise ModelError(f"{file}: {name} is {found.get_dtype()}; supported are {', '.join(LOADABLE)}")
-            missing -= set(shard.names)
+            missing -= names
     if missing:
         raise ModelError(f"{shards[0].source.parent}: tensor {min(missing)} is missing")
 
 
 def _merge_file(shard: Shard, output: Path, patches: dict[str, list[Patch]]) -> None:
     with open_weights(shard.source, shard.dtype) as tensors:
-        merged = {name: tensors.get_tensor(name) for name in shard.names}
+        merged = {name: tensors.get_tensor(name) for name in shard.names or tensors.keys()}
         metadata = {"format": "pt"} | (tensors.metadata() or {})
     for name in merged.keys() & patches.keys():
         merged[name] = _patched(merged[name], patches[name])

@@ -181,17 +181,20 @@ def _ours(decoder: Decoder, ids_N: Tensor, rank: int, window: int) -> tuple[int,
 
 def _factors(decoder: Decoder, rank: int) -> LayerFactors:
     found = targets(decoder.spec)
-    layers, gradients = (
-        [
+
+    def zeros(dtype: torch.dtype) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        return [
             {
-                name: tuple(torch.zeros(rank, n, dtype=dtype) for n in (target.in_features, target.out_features))
+                name: (
+                    torch.zeros(rank, target.in_features, dtype=dtype),
+                    torch.zeros(rank, target.out_features, dtype=dtype),
+                )
                 for name, target in found.items()
             }
             for _ in range(LAYERS)
         ]
-        for dtype in (decoder.dtype, torch.float32)
-    )
-    return layer_factors(layers, gradients, found, 2.0)
+
+    return layer_factors(zeros(decoder.dtype), zeros(torch.float32), found, 2.0)
 
 
 def _plain_weights(decoder: Decoder) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 from tandem.errors import ModelError
 from tandem.gguf.container import Gguf
 from tandem.gguf.vocabulary import end_tokens, token_id
+from tandem.model import fields
 from tandem.model.gguf_weights import read_vector
 from tandem.model.rope import ORIGINAL
 
@@ -110,17 +111,10 @@ def _uniform(value: Any) -> Any:
     return value
 
 
-def _integer(gguf: Gguf, values: dict[str, Any], key: str) -> int:
-    value = values[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"{gguf.path}: {gguf.architecture}.{key}={value!r} must be a positive integer")
-    return value
-
-
 def _head_dim(gguf: Gguf, values: dict[str, Any]) -> int:
-    if "attention.key_length" not in values:
-        return _integer(gguf, values, "embedding_length") // _integer(gguf, values, "attention.head_count")
-    head_dim = _integer(gguf, values, "attention.key_length")
+    head_dim = fields.integer(values, "attention.key_length", None)
+    if head_dim is None:
+        return fields.integer(values, "embedding_length") // fields.integer(values, "attention.head_count")
     if values.get("attention.value_length", head_dim) != head_dim:
         raise ModelError(
             f"{gguf.path}: {gguf.architecture}.attention.value_length={values['attention.value_length']!r} is not "
@@ -136,7 +130,7 @@ def _dtype(gguf: Gguf) -> str:
 
 
 def _windows(gguf: Gguf, values: dict[str, Any]) -> dict[str, Any]:
-    arch, window = gguf.architecture, values.get("attention.sliding_window")
+    arch, window = gguf.architecture, fields.integer(values, "attention.sliding_window", None, low=0)
     if arch == "gemma3" and window is None:
         raise ModelError(f"{gguf.path} does not say {arch}.attention.sliding_window")
     if not window:  # 0: none
@@ -146,7 +140,7 @@ def _windows(gguf: Gguf, values: dict[str, Any]) -> dict[str, Any]:
     if arch == "phi3":
         return {"sliding_window": window}
     if arch not in ("gemma2", "gemma3"):
-        if window >= values["context_length"]:
+        if window >= fields.integer(values, "context_length"):
             return {}
         raise ModelError(f"{gguf.path}: {arch}.attention.sliding_window={window!r} is not supported: in which layers?")
     pattern = values.get("attention.sliding_window_pattern")
@@ -159,24 +153,24 @@ def _windows(gguf: Gguf, values: dict[str, Any]) -> dict[str, Any]:
 def _query_scale(arch: str, values: dict[str, Any]) -> dict[str, Any]:
     """Gemma divides scores by the root of a number that only newer files name."""
     if arch not in _ODD_QUERY_SCALE:
-        scale = values.get("attention.scale")
-        if scale:
-            raise ModelError(f"{arch}.attention.scale={scale!r} is not supported")
+        if "attention.scale" in values:
+            raise ModelError(f"{arch}.attention.scale={values['attention.scale']!r} is not supported")
         return {}
-    if scale := values.get("attention.scale"):
+    if scale := fields.number(values, "attention.scale", None, above=1e-4, most=10.0):
         return {"query_pre_attn_scalar": round(scale**-2)}  # a whole number, as transformers wants it
     if values["block_count"] == _ODD_QUERY_SCALE[arch]:
-        return {"query_pre_attn_scalar": values["embedding_length"] // values["attention.head_count"]}
+        hidden, heads = (fields.integer(values, name) for name in ("embedding_length", "attention.head_count"))
+        return {"query_pre_attn_scalar": hidden // heads}
     return {"query_pre_attn_scalar": values.get("attention.key_length", 256)}
 
 
 def _rope(gguf: Gguf, values: dict[str, Any], head_dim: int) -> dict[str, Any]:
     arch, found = gguf.architecture, {}
-    turned = values.get("rope.dimension_count", head_dim)
+    turned = fields.integer(values, "rope.dimension_count", head_dim)
     if turned != head_dim:
         if arch != "phi3":
             raise ModelError(f"{gguf.path}: {arch}.rope.dimension_count={turned!r} is not supported, only {head_dim}")
-        found["partial_rotary_factor"] = _integer(gguf, values, "rope.dimension_count") / head_dim
+        found["partial_rotary_factor"] = turned / head_dim
     if arch == "gemma3" and "rope.freq_base_swa" in values:
         found["rope_local_base_freq"] = values["rope.freq_base_swa"]
     scaling = _factors(gguf, values) or _scaling(gguf, values)
@@ -221,7 +215,9 @@ def _factors(gguf: Gguf, values: dict[str, Any]) -> dict[str, Any]:
     factors = read_vector(gguf, "rope_freqs.weight")
     if set(factors) == {1.0}:
         return {}
-    theta = values.get("rope.freq_base", 1e4)
+    if not all(factor > 0 for factor in factors):
+        raise ModelError(f"{gguf.path}: rope_freqs.weight must hold positive numbers")
+    theta = fields.number(values, "rope.freq_base", 1e4)
     if _is_llama3(factors, theta):
         return {"rope_type": "llama3", "factor": max(factors), **_LLAMA3}
     return {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0}

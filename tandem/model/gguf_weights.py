@@ -23,7 +23,7 @@ from tandem.gguf.container import BLOCKS, Gguf, TensorInfo, read_gguf
 from tandem.model.gguf_blocks import dequantize
 
 # Numbers converted at a time: what lies between stays in the processor's cache.
-CHUNK = 1 << 17
+CHUNK = 1 << 15
 _BLOCKS = {name: (numbers, nbytes) for name, numbers, nbytes in BLOCKS.values()}
 # Architectures whose converter reorders the rows of q and k, because ggml's kernel for them turns neighbours.
 _PERMUTED = ("llama", "smollm3")

@@ -513,6 +513,7 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_TI, _ = kernels.adapted_gradient(grad_TO, ctx.weight, None, None, ctx.dense)
             return grad_TI, None, None, None, None, None
         grad_TI, grad_PTR = kernels.adapted_gradient(grad_TO, ctx.weight, a.stack, a.foreign_TR, ctx.dense, a.masks)
+        assert grad_PTR is not None
         h_PTR = kernels.hidden(x_TI, a.stack, a.foreign_TR, a.masks) if ctx.h_PTR is None else ctx.h_PTR
         a.learn(kernels, x_TI, grad_TO, h_PTR, grad_PTR)
         return grad_TI, None, None, None, None, None

@@ -238,9 +238,11 @@ def spec_from_config(
             f"supported are {', '.join(FAMILIES)}"
         )
     for name in ("quantization_config", "compression_config"):
-        if config.get(name):
+        if quantization := config.get(name):
+            method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
             raise ModelError(
-                f"config.json: {name} is set, but only float32, bfloat16 and float16 weights are supported"
+                f"config.json: {name} is set{f' (quant_method {method})' if method else ''}, but only float32, "
+                "bfloat16 and float16 weights are read; take the unquantised model, and --quantization int8 or int4"
             )
     config = family.defaults | dict(config)
     for name in ("use_bidirectional_attention", "add_cross_attention", "is_encoder_decoder"):

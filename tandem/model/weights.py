@@ -10,11 +10,12 @@ Shape letters: V vocabulary, D hidden size, O output features, I input features,
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,9 +27,11 @@ from tandem.model.gguf_weights import GgufWeights
 from tandem.model.spec import ModelSpec
 from tandem.ops import Kernels
 from tandem.ops.linear import LinearWeight
+from tandem.ops.quant import HEAD, Format, packed_shape
 
 LOADABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TIED_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +87,26 @@ def load_weights(
             layers.append(reader.layer(index))
             if progress:
                 progress(index + 1, total)
-        embedding_VD = reader.tensor("model.embed_tokens.weight")
         # A tied head is the embedding: one weight, of which rows can be looked up.
-        embedding = kernels.pack_tied(embedding_VD) if spec.tie_embeddings else kernels.keep_plain(embedding_VD)
-        head = embedding if spec.tie_embeddings else kernels.pack(reader.tensor(TIED_HEAD))
+        embedding = reader.packed(kernels.pack_tied if spec.tie_embeddings else kernels.keep_plain, EMBEDDING)
+        head = embedding if spec.tie_embeddings else reader.packed(kernels.pack_head, TIED_HEAD)
         weights = Weights(embedding, tuple(layers), reader.tensor("model.norm.weight"), head, reader.nbytes)
         if progress:
             progress(total, total)
     return weights
+
+
+def resident_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str) -> int:
+    """What loaded weights take, but for rounding, and the largest tensor, which is there twice while it is packed."""
+    sizes = []
+    for name, shape in expected_shapes(spec).items():
+        head = name == TIED_HEAD or (name == EMBEDDING and spec.tie_embeddings)
+        if quantization == "none" or len(shape) < 2 or (name == EMBEDDING and not head):
+            sizes.append(math.prod(shape) * dtype.itemsize)
+        else:
+            sizes.append(math.prod(packed_shape(shape[0], shape[1], HEAD if head else cast(Format, quantization))))
+    largest = max(math.prod(shape) for shape in expected_shapes(spec).values()) * dtype.itemsize
+    return sum(sizes) + (0 if quantization == "none" else largest)
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -171,7 +186,16 @@ class _Reader:
         weight = self._stacked([f"{name}.weight" for name in names])
         biases = [f"{name}.bias" for name in names if f"{name}.bias" in self.files]
         bias = self._stacked(biases) if biases else None
-        packed = self.kernels.pack(weight, bias)
+        return self._counted(lambda: self.kernels.pack(weight, bias), names[0])
+
+    def packed(self, pack: Callable[[Tensor], LinearWeight], name: str) -> LinearWeight:
+        return self._counted(lambda: pack(self._owned(name)), name)
+
+    def _counted(self, pack: Callable[[], LinearWeight], name: str) -> LinearWeight:
+        try:
+            packed = pack()
+        except ValueError as error:
+            raise ModelError(f"{self.path}: {name}: {error}") from None
         self.nbytes += packed.nbytes
         return packed
 

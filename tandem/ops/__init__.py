@@ -14,12 +14,13 @@ from typing import Any, cast
 import torch
 
 from tandem.errors import ConfigError
-from tandem.ops import attention, linear, lora, pointwise
+from tandem.ops import attention, linear, lora, pointwise, sampling
 from tandem.ops.cpu import library
 from tandem.ops.cpu.attention import CpuAttention
 from tandem.ops.cpu.linear import TileLinears
 from tandem.ops.cpu.pointwise import Pointwise
 from tandem.ops.cpu.quant import QuantLinears
+from tandem.ops.cpu.sampling import Sampling
 from tandem.ops.quant import Format
 
 
@@ -33,6 +34,7 @@ class Kernels:
     causal_attention: Callable[..., torch.Tensor]
     pack: Callable[..., linear.LinearWeight]
     keep_plain: Callable[..., linear.LinearWeight]
+    pack_head: Callable[..., linear.LinearWeight]
     pack_tied: Callable[..., linear.LinearWeight]
     unpack: Callable[..., torch.Tensor]
     embed: Callable[..., torch.Tensor]
@@ -51,6 +53,9 @@ class Kernels:
     softcap: Callable[..., torch.Tensor]
     cross_entropy_: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     accumulate: Callable[..., None]
+    argmax: Callable[..., torch.Tensor]
+    draw: Callable[..., torch.Tensor]
+    draw_filtered: Callable[..., torch.Tensor]
 
 
 def load(device: str, dtype: torch.dtype, cpu_isa: str = "auto", quantization: str = "none") -> Kernels:
@@ -77,11 +82,15 @@ def load(device: str, dtype: torch.dtype, cpu_isa: str = "auto", quantization: s
         adapted_gradient=lora.adapted_gradient,
         factor_gradient=lora.factor_gradient,
         hidden=lora.hidden,
+        embed=linear.embed,
     )
+    pack_head, pack_tied = products.pack, tiles.pack if tiles else linear.keep_plain
     if quantization != "none":
-        products = QuantLinears(cast(Format, quantization), compiled, products)
+        products = QuantLinears(cast(Format, quantization), compiled, products, dtype)
+        pack_head = pack_tied = products.pack_head
         names.append(f"{quantization} weights")
     small: Any = Pointwise(compiled) if compiled else pointwise
+    samples: Any = Sampling(compiled) if compiled else sampling
     attends: Any = CpuAttention(compiled) if compiled else attention
     return Kernels(
         name=", ".join(names),
@@ -90,9 +99,10 @@ def load(device: str, dtype: torch.dtype, cpu_isa: str = "auto", quantization: s
         causal_attention=attends.causal_attention,
         pack=products.pack,
         keep_plain=linear.keep_plain,
-        pack_tied=tiles.pack if tiles else linear.keep_plain,
+        pack_head=pack_head,
+        pack_tied=pack_tied,
         unpack=products.unpack,
-        embed=tiles.embed if tiles else linear.embed,
+        embed=products.embed,
         linear=products.linear,
         adapted=products.adapted,
         adapted_gradient=products.adapted_gradient,
@@ -108,4 +118,7 @@ def load(device: str, dtype: torch.dtype, cpu_isa: str = "auto", quantization: s
         softcap=small.softcap,
         cross_entropy_=small.cross_entropy_,
         accumulate=small.accumulate,
+        argmax=samples.argmax,
+        draw=samples.draw,
+        draw_filtered=samples.draw_filtered,
     )

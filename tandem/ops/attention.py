@@ -11,12 +11,15 @@ in one block.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from tandem.ops import kv_cache
+from tandem.ops.kv_cache import QuantizedCache
 
 SCRATCH_BYTES = 8 * 2**20  # keys and values gathered at once: not much more than a cache holds
 PADDING = 2.0  # padding sequences to one length may at most double the work
@@ -55,6 +58,33 @@ class Layout:
     single_blocks_BN: Tensor
     single_context_B: Tensor
     chunks: tuple[Chunk, ...]
+
+
+def _attend_quantized(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cache: QuantizedCache,
+    layout: Layout,
+    options: dict[str, Any],
+) -> Tensor:
+    """`attention` over a quantised cache: the blocks in use become a plain cache, and what is new is read back."""
+    num_rows = len(layout.single_context_B) + sum(chunk.length for chunk in layout.chunks)
+    kv_cache.write(cache, k_TKD[:num_rows], v_TKD[:num_rows], layout.slots_T[:num_rows])
+    tables = [layout.single_blocks_BN.flatten(), *(chunk.blocks_N for chunk in layout.chunks)]
+    used_N = torch.cat([torch.zeros(1, dtype=torch.int64, device=q_THD.device), *tables]).unique()
+    plain = kv_cache.read(cache, used_N, q_THD.dtype)
+    plain[:, 0] = 0  # the scratch block: what is in it is masked, and must be finite
+    blocks_T, places_T = layout.slots_T // cache.block_size, layout.slots_T % cache.block_size
+    rows_T = torch.searchsorted(used_N, blocks_T)
+    moved = replace(
+        layout,
+        slots_T=rows_T * cache.block_size + places_T,
+        single_blocks_BN=torch.searchsorted(used_N, layout.single_blocks_BN),
+        chunks=tuple(replace(c, blocks_N=torch.searchsorted(used_N, c.blocks_N)) for c in layout.chunks),
+    )
+    k_TKD, v_TKD = plain[:, rows_T, :, places_T].transpose(0, 1)
+    return attention(q_THD, k_TKD, v_TKD, plain, moved, **options)
 
 
 class Span(NamedTuple):
@@ -108,20 +138,24 @@ class Reads:
     scratch_NE: Tensor
 
 
-def prepare_attention(layout: Layout, cache: Tensor, window: int | None = None, groups: int = 1) -> Reads:
+def prepare_attention(
+    layout: Layout, cache: Tensor | QuantizedCache, window: int | None = None, groups: int = 1
+) -> Reads | None:
     """What every layer does whose window is `window` and whose cache has the shape and dtype of `cache`. `groups` is
-    the number of query heads per key/value head; here it does not matter."""
+    the number of query heads per key/value head; here it does not matter. None: nothing can be prepared."""
+    if isinstance(cache, QuantizedCache):
+        return None
     _, _, num_kv_heads, block_size, head_dim = cache.shape
     heads_K = torch.arange(num_kv_heads, device=cache.device)
     half_blocks_TK = (layout.slots_T // block_size)[:, None] * num_kv_heads + heads_K
     writes_TK = half_blocks_TK * block_size + (layout.slots_T % block_size)[:, None]
-    groups = _group_singles(layout, cache, window)
+    singles = _group_singles(layout, cache, window)
     chunks = tuple(_read_chunk(chunk, cache, window) for chunk in layout.chunks)
-    gathers = [group.gather_N for group in groups] + [chunk.gather_N for chunk in chunks if chunk.gather_N is not None]
+    gathers = [group.gather_N for group in singles] + [chunk.gather_N for chunk in chunks if chunk.gather_N is not None]
     widest = max(map(len, gathers), default=0)
     return Reads(
         writes_W=writes_TK.flatten(),
-        groups=groups,
+        groups=singles,
         chunks=chunks,
         num_rows=len(layout.single_context_B) + sum(chunk.length for chunk in layout.chunks),
         scratch_NE=torch.empty(widest, block_size * head_dim, dtype=cache.dtype, device=cache.device),
@@ -132,7 +166,7 @@ def attention(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
-    cache: Tensor,
+    cache: Tensor | QuantizedCache,
     layout: Layout,
     *,
     scale: float,
@@ -144,12 +178,16 @@ def attention(
 
     Causal; with `window` only the last `window` positions count; with `softcap` scores are softcap * tanh(s / softcap).
     cache: [2, num_blocks, K, block_size, D], finite everywhere (what is masked is multiplied by zero, not skipped); the
-    positions of one head are neighbours, so that a gathered context needs no transposing.
+    positions of one head are neighbours, so that a gathered context needs no transposing. A quantised cache is written
+    first: what a row sees is what the cache then holds, its own key and value included.
     `reads` is `prepare_attention(layout, cache, window)`, built here when absent.
     """
+    if isinstance(cache, QuantizedCache):
+        options = {"scale": scale, "window": window, "softcap": softcap}
+        return _attend_quantized(q_THD, k_TKD, v_TKD, cache, layout, options)
     num_kv_heads, head_dim = cache.shape[2], cache.shape[4]
     if reads is None:
-        reads = prepare_attention(layout, cache, window)
+        reads = cast(Reads, prepare_attention(layout, cache, window))
     for half_WD, new_TKD in zip(_tokens(cache), (k_TKD, v_TKD)):
         half_WD.index_copy_(0, reads.writes_W, new_TKD.reshape(-1, head_dim))
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)

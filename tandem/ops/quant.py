@@ -23,6 +23,9 @@ from torch.nn.functional import pad
 from tandem.ops.linear import LinearWeight
 
 Format = Literal["int8", "int4"]
+FORMATS: tuple[Format, ...] = ("int8", "int4")
+# A head's errors go into the logits as they are, and its rows are read as embeddings where the two are tied.
+HEAD: Format = "int8"
 
 OUTPUTS = 32  # of a block
 INT8_GROUP = 64
@@ -173,11 +176,15 @@ def unpack_int4(packed_Bn: Tensor, out_features: int, in_features: int) -> Int4C
     return Int4Codes(codes_OI, multipliers, offsets.view(torch.int8), scales_O)
 
 
+def packed_shape(out_features: int, in_features: int, format: Format) -> tuple[int, ...]:
+    """Of the bytes of a weight."""
+    blocks, steps = -(-out_features // OUTPUTS), -(-in_features // INT4_STEP)
+    return (blocks, steps, INT8_BYTES) if format == "int8" else (blocks, INT4_HEAD + steps * INT4_BYTES)
+
+
 def pack(weight_OI: Tensor, bias: Tensor | None, format: Format) -> LinearWeight:
-    """A quantised copy; drop the original to keep one. ValueError where a number is not finite."""
+    """A quantised copy of finite numbers; drop the original to keep one."""
     out_features, in_features = weight_OI.shape
-    if not weight_OI.isfinite().all():
-        raise ValueError(f"a number that is not finite cannot be stored as {format}")
     packed = pack_int8(quantise_int8(weight_OI)) if format == "int8" else pack_int4(quantise_int4(weight_OI))
     return LinearWeight(in_features, out_features, bias, packed, format)
 
@@ -191,6 +198,12 @@ def codes(w: LinearWeight) -> Int8Codes | Int4Codes:
 def unpack(w: LinearWeight) -> Tensor:
     """The weight that the bytes stand for, bfloat16 [O, I]."""
     return codes(w).dense()
+
+
+def rows(w: LinearWeight, ids_T: Tensor) -> Tensor:
+    """Rows of an int8 weight, bfloat16 [T, I]."""
+    blocks = unpack_int8(w.weight[ids_T // OUTPUTS], len(ids_T) * OUTPUTS, w.in_features).dense()
+    return blocks.view(len(ids_T), OUTPUTS, -1)[torch.arange(len(ids_T)), ids_T % OUTPUTS]
 
 
 def linear(x_TI: Tensor, w: LinearWeight) -> Tensor:

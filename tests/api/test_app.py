@@ -64,6 +64,55 @@ POST /v1/fine_tuning/jobs/{job_id}/pause
 POST /v1/fine_tuning/jobs/{job_id}/resume
 """.split("\n")[1:-1]
 
+TINKER_ROUTES = """
+DELETE /api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}
+DELETE /api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/publish
+GET /api/v1/audit
+GET /api/v1/billing/usage/checkpoints/current
+GET /api/v1/billing/usage/events
+GET /api/v1/checkpoints
+GET /api/v1/downloads/{token}/{name}
+GET /api/v1/get_server_capabilities
+GET /api/v1/healthz
+GET /api/v1/samplers/{sampler_id}
+GET /api/v1/sessions
+GET /api/v1/sessions/{session_id}
+GET /api/v1/sessions/{session_id}/trace_export
+GET /api/v1/training_runs
+GET /api/v1/training_runs/{run_id}
+GET /api/v1/training_runs/{run_id}/checkpoints
+GET /api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/archive
+GET /api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/external_weights_urls
+POST /api/v1/asample
+POST /api/v1/cancel_future
+POST /api/v1/client/config
+POST /api/v1/client/dynamic_config
+POST /api/v1/copy_weights
+POST /api/v1/create_model
+POST /api/v1/create_sampling_session
+POST /api/v1/create_session
+POST /api/v1/forward
+POST /api/v1/forward_backward
+POST /api/v1/get_info
+POST /api/v1/join_sampling_session
+POST /api/v1/load_weights
+POST /api/v1/optim_step
+POST /api/v1/retrieve_future
+POST /api/v1/retrieve_futures
+POST /api/v1/save_weights
+POST /api/v1/save_weights_external
+POST /api/v1/save_weights_for_sampler
+POST /api/v1/session_heartbeat
+POST /api/v1/sessions/search
+POST /api/v1/sessions/{session_id}/finish
+POST /api/v1/telemetry
+POST /api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/publish
+POST /api/v1/unload_model
+POST /api/v1/weights_info
+PUT /api/v1/sessions/{session_id}/project
+PUT /api/v1/training_runs/{run_id}/checkpoints/{segment}/{name}/ttl
+""".split("\n")[1:-1]
+
 
 @pytest.fixture
 async def http(app):
@@ -89,7 +138,7 @@ def test_the_list_of_routes(app, engine, tokenizer, tmp_path):
 
     assert sorted(set(walk(app.routes))) == ROUTES
     with_jobs = build_app(engine, tokenizer, ServerConfig(), jobs=FakeJobs(tmp_path, engine))
-    assert sorted(set(walk(with_jobs.routes))) == sorted([*ROUTES, *JOBS_ROUTES])
+    assert sorted(set(walk(with_jobs.routes))) == sorted([*ROUTES, *JOBS_ROUTES, *TINKER_ROUTES])
 
 
 def test_the_api_imports_no_torch():

@@ -252,7 +252,8 @@ def test_preferences_for_real(real):
     )  # fmt: skip
     assert job.method.type == "dpo" and job.method.dpo.hyperparameters.beta == 0.5
     done = real.until(job, "succeeded")
-    metrics = [event.data for event in real.client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"][::-1]
+    events = list(real.client.fine_tuning.jobs.list_events(job.id))
+    metrics = [event.data for event in events if event.type == "metrics"][::-1]
     assert len(metrics) == 6 and metrics[0]["train_loss"] == pytest.approx(0.693147, abs=1e-4)
     assert metrics[-1]["train_loss"] < 0.4 and metrics[-1]["train_reward_margin"] > 0.5
     assert metrics[-1]["train_reward_accuracy"] == 1.0 and metrics[-1]["valid_loss"] < 0.4

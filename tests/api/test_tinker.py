@@ -290,7 +290,7 @@ def test_dpo_through_a_custom_loss(training):
     def dpo(data, logprobs):
         gains = [(new - old).sum() for new, old in zip(logprobs, reference, strict=True)]
         margin = 0.1 * (gains[0] - gains[1])
-        return -torch.nn.functional.logsigmoid(margin), {"margin": float(margin)}
+        return -torch.nn.functional.logsigmoid(margin), {"margin": margin.item()}
 
     found = []
     for _ in range(3):

@@ -1,6 +1,7 @@
 """What Tinker's server is made of, without an engine: order, seats, futures, the wire against the SDK's own code."""
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tinker.proto.response_conv import deserialize_forward_backward_output, dese
 
 from tandem.api.tinker_futures import Futures
 from tandem.api.tinker_order import MAX_WAITING, Order
+from tandem.api.tinker_residents import Residents
 from tandem.api.tinker_results import PassResult, Plain, Sampled, SampleResult
 from tandem.api.tinker_seats import Seats
 from tandem.api.tinker_wire import PROTOBUF, read_pass, unpack
@@ -162,17 +164,35 @@ def test_protobuf_of_the_sdk():
     assert (data.loss, data.loss_params, data.shapes) == ("cross_entropy", {"beta": 0.5}, [(3,)])
 
 
+# What SDK 0.16.1 sends.
+OLD_BODY = {
+    "forward_backward_input": {
+        "data": [
+            {
+                "loss_fn_inputs": {
+                    "target_tokens": {"data": [5, 6, 7], "dtype": "int64", "shape": [3]},
+                    "logprobs": {"data": [-1.5, -2.0, -0.5], "dtype": "float32", "shape": [3]},
+                    "advantages": {"data": [1.0, 0.0, -1.0], "dtype": "float32", "shape": [3]},
+                },
+                "model_input": {"chunks": [{"tokens": [4, 5, 6]}]},
+            }
+        ],
+        "loss_fn": "ppo",
+        "loss_fn_config": {"clip_low_threshold": 0.9},
+    },
+    "model_id": "m",
+    "seq_id": 2,
+}
+
+
 def test_json_of_older_sdks():
-    body = b"""{"model_id": "m", "seq_id": 2, "forward_backward_input": {"loss_fn": "ppo", "loss_fn_config": {
-        "clip_low_threshold": 0.9}, "data": [{"model_input": {"chunks": [{"tokens": [4, 5], "type": "encoded_text"}]},
-        "loss_fn_inputs": {"target_tokens": {"data": [5, 6], "dtype": "int64", "shape": [2]},
-        "logprobs": {"data": [-1.5, -2], "dtype": "float32"}, "advantages": {"data": [1, 0], "dtype": "float32"}}}]}}"""
-    found = read_pass(body, "application/json", False)
+    found = read_pass(json.dumps(OLD_BODY).encode(), "application/json", False)
     data = found.data()
-    assert (found.seq_id, data.loss, data.loss_params) == (2, "ppo", {"clip_low_threshold": 0.9})
+    assert (found.model_id, found.seq_id, found.forward_only) == ("m", 2, False)
+    assert (data.loss, data.loss_params, data.shapes) == ("ppo", {"clip_low_threshold": 0.9}, [(3,)])
     example = data.examples[0]
-    assert (example.tokens, example.targets, example.logprobs) == ([4, 5], [5, 6], [-1.5, -2.0])
-    assert example.weights == [1.0, 0.0], "where the advantage is zero there is nothing to compute"
+    assert (example.tokens, example.targets, example.logprobs) == ([4, 5, 6], [5, 6, 7], [-1.5, -2.0, -0.5])
+    assert example.weights == [1.0, 0.0, 1.0], "where the advantage is zero there is nothing to compute"
 
 
 def test_sparse_rows():
@@ -271,3 +291,59 @@ def test_samples_as_the_sdk_reads_them():
     assert plain["prompt_logprobs"] == [None, -1.5] and plain["sequences"][0]["logprobs"] == [-0.5, -1.0]
 
 
+
+
+async def test_what_is_cancelled_before_it_began_fails_like_anything_else():
+    futures = Futures()
+    future = futures.add("a", "s", 1, "x", result_of(1))
+    futures.cancel(future)
+    assert "cancelled" in (await futures.wait(future, 1.0)).json()["error"]
+
+
+# ---------------------------------------------------------------- residents
+
+
+class Adapters:
+    """An engine that remembers names."""
+
+    def __init__(self, most, others=0):
+        self.max_resident_adapters, self.adapters = most, {f"job-{i}": None for i in range(others)}
+
+    def publish(self, model_id, name):
+        self.adapters[name] = model_id
+
+    def retire_adapter(self, name):
+        self.adapters.pop(name, None)
+
+    async def load_adapter(self, name, path):
+        self.adapters[name] = path
+
+
+def test_snapshots_leave_room_for_others_and_for_each_model():
+    engine = Adapters(20, others=3)
+    residents = Residents(engine)
+    residents.publish("modest", "s", "tinker:modest")
+    for i in range(50):
+        residents.publish("greedy", "s", f"tinker:greedy-{i}")
+    mine = [name for name in engine.adapters if name.startswith("tinker:")]
+    assert len(mine) == 10 and "tinker:modest" in mine
+    assert mine[1:] == [f"tinker:greedy-{i}" for i in range(41, 50)]
+
+
+async def test_what_is_in_use_stays_and_files_go_first(tmp_path):
+    engine = Adapters(8)
+    residents = Residents(engine)
+    residents.publish("m", "s", "tinker:used")
+    used = await residents.use("tinker:used", "s", None)
+    await residents.use("tinker://r/weights/a", "s", tmp_path)
+    for i in range(3):
+        if i == 2:  # full: nothing idle but the two snapshots, and the file, if it were released
+            residents.release(residents._residents["tinker://r/weights/a"])
+        residents.publish("m", "s", f"tinker:{i}")
+    assert "tinker:used" in engine.adapters and "tinker://r/weights/a" not in engine.adapters
+    assert {"tinker:0", "tinker:1", "tinker:2"} <= engine.adapters.keys()
+    residents.release(used)
+    with pytest.raises(Gone, match="newer snapshots"):
+        await residents.use("tinker:never", "s", None)
+    residents.end_session("s")
+    assert engine.adapters == {}

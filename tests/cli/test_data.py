@@ -101,6 +101,12 @@ def test_a_model_that_does_not_say_its_context(file, tmp_path, capsys):
     assert verb.context_of(str(tmp_path)) == 77
 
 
+def test_the_context_of_a_gguf_file(tiny_model, tmp_path):
+    import gguf_files
+
+    assert verb.context_of(str(gguf_files.convert(tiny_model("qwen3"), tmp_path))) == 256
+
+
 @pytest.mark.parametrize("lengths", [[5], [5, 5, 5], [1, 100], list(range(1, 1000)), [3] * 500 + [4096]])
 def test_histograms_hold_every_row(lengths):
     lines = list(verb.histogram(sorted(lengths)))

@@ -94,7 +94,7 @@ def test_at_least_forty_flags_of_vllm_are_known_and_none_shadows_ours():
         ("--tensor-parallel-size", "several servers"),
         ("-tp", "several servers"),
         ("--trust_remote_code", "never run"),
-        ("--quantization=awq", "float32 or bfloat16"),
+        ("--calculate-kv-scales", "computed as it fills"),
         ("--no-enable-chunked-prefill", "cost model"),
         ("--reasoning-parser", "reasoning"),
     ],

@@ -25,6 +25,7 @@ def test_ready_lines_say_what_a_user_needs_in_few_lines():
     for word in ("4.9 M", "bfloat16", "9.8 MB", "0.2 s", "AVX512+BF16", "2 threads", "16,000 tokens", "64 sequences"):
         assert word in text, word
     assert "export OPENAI_BASE_URL=http://127.0.0.1:8123/v1" in lines and "export OPENAI_API_KEY=none" in lines
+    assert "export TINKER_BASE_URL=http://127.0.0.1:8123 TINKER_API_KEY=tml-none" in lines
     assert '"model":"demo"' in lines[-1] and "Authorization" not in lines[-1]
     assert "Adapters" not in text
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from tandem.engine.engine import Engine
 from tandem.errors import Cancelled, Diverged, TandemError
 from tandem.work import (
-    OptimParams,
     Example,
     LoraConfig,
+    OptimParams,
     Pass,
     PassReport,
     Request,

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tandem.errors import BudgetError
-from tandem.work import OptimParams, Example, LoraConfig, Pass, Request, SamplingParams, Update
+from tandem.work import Example, LoraConfig, OptimParams, Pass, Request, SamplingParams, Update
 
 
 def examples(*lengths):

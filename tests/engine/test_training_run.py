@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tandem.engine.engine import Engine
 from tandem.errors import Diverged, InvalidRequest, ModelError, NotFound, TandemError
 from tandem.model.gradients import dropout_mask, hash_64
-from tandem.work import OptimParams, Example, LoraConfig, Pass, Request, SamplingParams, TrainOp, Update
+from tandem.work import Example, LoraConfig, OptimParams, Pass, Request, SamplingParams, TrainOp, Update
 
 TinyModel = Callable[[str], Path]
 MakeEngine = Callable[..., Engine]

@@ -56,7 +56,9 @@ def run(params: OptimParams, num_steps: int, piece: int = NUM) -> list[Tensor]:
     return found
 
 
-def run_torch(make: Callable[[Sequence[Tensor]], torch.optim.Optimizer], num_steps: int, clip: float = 0) -> list[Tensor]:
+def run_torch(
+    make: Callable[[Sequence[Tensor]], torch.optim.Optimizer], num_steps: int, clip: float = 0.0
+) -> list[Tensor]:
     parameters = [torch.nn.Parameter(t.view(s)) for t, s in zip(split(start()), SHAPES, strict=True)]
     optimizer, found = make(parameters), []
     for step in range(num_steps):

@@ -83,8 +83,8 @@ def test_only_one_file_is_in_memory(tiny_model: TinyModel, tmp_path: Path, monke
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
     loaded.save_pretrained(model, max_shard_size="100KB")
     order: list[str] = []
-    opened, saved = export._opened, export.save_file
-    monkeypatch.setattr(export, "_opened", lambda file: order.append(f"read {file.name}") or opened(file))
+    opened, saved = export.open_weights, export.save_file
+    monkeypatch.setattr(export, "open_weights", lambda file, _: order.append(f"read {file.name}") or opened(file, _))
 
     def save(tensors, target, metadata):
         order.append(f"write {target.name}")

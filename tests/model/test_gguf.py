@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import gguf_files
@@ -24,6 +25,7 @@ from tandem.model.export import merge_adapter
 from tandem.model.gguf_blocks import dequantize
 from tandem.model.rope import rope_frequencies
 from tandem.model.spec import load_spec
+from tandem.tokenizer import Tokenizer
 
 TinyModel = Callable[[str], Path]
 BF16 = torch.bfloat16
@@ -280,6 +282,26 @@ def test_an_unknown_tensor_type_is_named(converted: Callable[..., Path], tmp_pat
     for number, word in ((16, "IQ2_XXS"), (99, "of type 99")):
         with pytest.raises(ModelError, match=f"blk.0.attn_q.weight is {word}; supported are F32"):
             read_gguf(edited(converted("llama"), tmp_path / "bad.gguf", at, struct.pack("<I", number)))
+
+
+def test_whatever_is_damaged_is_refused_or_read(converted: Callable[..., Path], tmp_path: Path) -> None:
+    file, refused = converted("llama-llama3"), 0
+    data = file.read_bytes()
+    metadata = data.index(b"tokenizer.ggml.tokens")
+    table = data.index(b"blk.0.")
+    random = Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        begin, end = random.choice([(0, metadata), (table - 200, table + 800)])
+        for _ in range(random.randint(1, 4)):
+            damaged[random.randrange(begin, end)] = random.choice([0, 1, 8, 9, 255, random.randrange(256)])
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        try:
+            load_spec(tmp_path / "damaged.gguf")
+            Tokenizer.load(str(tmp_path / "damaged.gguf"))
+        except ModelError:
+            refused += 1
+    assert 50 < refused < 300
 
 
 def test_a_missing_tensor_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:

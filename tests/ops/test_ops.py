@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from paged import layout_of
-from torch import Tensor
+from paged import MIXES, NUM_BLOCKS, attention_case, layout_of
 
 from tandem import ops
 from tandem.ops.attention import SCRATCH_BYTES, attention, attention_reference, prepare_attention
 from tandem.ops.linear import can_pack, keep_plain, linear, pack, unpack
 from tandem.ops.lora import Part, Stack, add
 from tandem.ops.pointwise import gelu_tanh_mul, rms_norm, rope, rope_angles, silu_mul, softcap
-
-NUM_BLOCKS = 64
-# (tokens already in the cache, new tokens) of each sequence, those of one new token first
-MIXES = {
-    "one single": [(0, 1)],
-    "singles of all lengths": [(n, 1) for n in (0, 1, 3, 4, 5, 17, 40, 90)],
-    "chunk alone": [(0, 9)],
-    "chunk after context": [(13, 5)],
-    "singles and chunks": [(30, 1), (2, 1), (0, 7), (21, 6), (8, 8)],
-}
-
-
-def case(mix: str, block_size: int, heads: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    free = itertools.cycle(torch.randperm(NUM_BLOCKS - 1, generator=generator).add(1).tolist())
-    parts = []
-    for start, length in MIXES[mix]:
-        parts.append((start, length, [next(free) for _ in range(-(-(start + length) // block_size))]))
-    layout = layout_of(parts, block_size)
-    rows, (num_heads, num_kv_heads), head_dim = len(layout.positions_T), heads, 8
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    cache = random(2, NUM_BLOCKS, num_kv_heads, block_size, head_dim)
-    q, k, v = (
-        random(rows, num_heads, head_dim),
-        random(rows, num_kv_heads, head_dim),
-        random(rows, num_kv_heads, head_dim),
-    )
-    return q, k, v, cache, layout
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -54,7 +20,7 @@ def case(mix: str, block_size: int, heads: tuple[int, int], dtype: torch.dtype) 
 def test_attention_equals_reference(
     mix: str, block_size: int, heads: tuple[int, int], window: int | None, cap: float | None
 ) -> None:
-    q, k, v, cache, layout = case(mix, block_size, heads, torch.float32)
+    q, k, v, cache, layout = attention_case(mix, block_size, heads, torch.float32)
     expected_cache = cache.clone()
     expected = attention_reference(q, k, v, expected_cache, layout, scale=0.4, window=window, softcap=cap)
     found = attention(q, k, v, cache, layout, scale=0.4, window=window, softcap=cap)
@@ -64,14 +30,14 @@ def test_attention_equals_reference(
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_attention_in_bfloat16(mix: str) -> None:
-    q, k, v, cache, layout = case(mix, 4, (6, 2), torch.bfloat16)
+    q, k, v, cache, layout = attention_case(mix, 4, (6, 2), torch.bfloat16)
     expected = attention_reference(q, k, v, cache.clone(), layout, scale=0.4, window=11)
     found = attention(q, k, v, cache, layout, scale=0.4, window=11)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_padding_rows_are_zero_and_write_only_block_zero() -> None:
-    q, k, v, cache, layout = case("one single", 4, (4, 2), torch.float32)
+    q, k, v, cache, layout = attention_case("one single", 4, (4, 2), torch.float32)
     before = cache.clone()
     found = attention(q, k, v, cache, layout, scale=1.0)
     assert len(found) == 4
@@ -84,7 +50,7 @@ def test_padding_rows_are_zero_and_write_only_block_zero() -> None:
 
 def test_attention_does_not_read_other_sequences() -> None:
     """What is not in the row's table changes nothing; block 0 is read (and masked), so it stays finite."""
-    q, k, v, cache, layout = case("singles and chunks", 4, (4, 2), torch.float32)
+    q, k, v, cache, layout = attention_case("singles and chunks", 4, (4, 2), torch.float32)
     expected = attention(q, k, v, cache.clone(), layout, scale=1.0)
     used = set(layout.single_blocks_BN.flatten().tolist())
     used.update(*(chunk.blocks_N.tolist() for chunk in layout.chunks))
@@ -95,7 +61,7 @@ def test_attention_does_not_read_other_sequences() -> None:
 
 
 def test_a_row_is_the_same_whoever_its_batch_mates_are() -> None:
-    q, k, v, cache, layout = case("singles of all lengths", 4, (4, 2), torch.bfloat16)
+    q, k, v, cache, layout = attention_case("singles of all lengths", 4, (4, 2), torch.bfloat16)
     together = attention(q, k, v, cache, layout, scale=0.3)
     table, context = layout.single_blocks_BN[6:7], layout.single_context_B[6:7]
     alone = type(layout)(layout.positions_T[6:7], layout.slots_T[6:7], table, context, ())
@@ -104,9 +70,9 @@ def test_a_row_is_the_same_whoever_its_batch_mates_are() -> None:
 
 
 def test_a_window_gathers_only_the_blocks_it_reaches() -> None:
-    _, _, _, cache, layout = case("singles of all lengths", 4, (4, 2), torch.float32)
+    _, _, _, cache, layout = attention_case("singles of all lengths", 4, (4, 2), torch.float32)
     assert max(group.mask_B11L.shape[-1] for group in prepare_attention(layout, cache, window=6).groups) == 3 * 4
-    _, _, _, cache, layout = case("chunk after context", 2, (4, 2), torch.float32)
+    _, _, _, cache, layout = attention_case("chunk after context", 2, (4, 2), torch.float32)
     (chunk,) = prepare_attention(layout, cache, window=4).chunks
     assert chunk.gather_N is not None
     assert len(chunk.gather_N) == 2 * 2 * 4  # keys and values, two heads, positions 10 to 17

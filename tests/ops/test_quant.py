@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def compiled(format: Format, isa: str) -> QuantLinears:
-    return QuantLinears(format, library.load(isa), ops.load("cpu", torch.bfloat16, isa))
+    return QuantLinears(format, library.load(isa), ops.load("cpu", torch.bfloat16, isa), torch.bfloat16)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -109,9 +109,25 @@ def test_int4_levels_fit_eight_bits_whatever_the_weights() -> None:
 def test_what_is_not_finite_is_refused(format: Format, bad: float) -> None:
     weight = random(8, 64)
     weight[3, 3] = bad
-    for pack in (lambda w: quant.pack(w, None, format), *(compiled(format, isa).pack for isa in ISAS)):
+    for isa in (*ISAS, "torch"):
         with pytest.raises(ValueError, match="not finite"):
-            pack(weight)
+            ops.load("cpu", torch.bfloat16, isa, format).pack(weight)
+
+
+@pytest.mark.parametrize("isa", [*ISAS, "torch"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_head_is_int8_and_its_rows_are_embeddings(isa: str, format: Format, dtype: torch.dtype) -> None:
+    kernels = ops.load("cpu", dtype, isa, format)
+    head = kernels.pack_tied(random(70, 100).to(dtype))
+    assert head.format == "int8"
+    ids = torch.tensor([69, 0, 31, 32, 32, 5])
+    found = kernels.embed(ids, head)
+    assert found.dtype == dtype
+    assert torch.equal(found.bfloat16(), quant.unpack(head)[ids])
+    for wrong in (-1, 70):
+        with pytest.raises(IndexError, match="0 to 69"):
+            kernels.embed(torch.tensor([wrong]), head)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -127,9 +143,7 @@ def test_compiled_int8_bytes_equal_the_reference(isa: str, shape: tuple[int, int
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_compiled_int4_bytes_are_as_good_as_the_reference(
-    isa: str, shape: tuple[int, int], dirty_memory: None
-) -> None:
+def test_compiled_int4_bytes_are_as_good_as_the_reference(isa: str, shape: tuple[int, int], dirty_memory: None) -> None:
     weight = random(*shape)
     kernels = compiled("int4", isa)
     packed, expected = kernels.pack(weight), quant.pack(weight, None, "int4")

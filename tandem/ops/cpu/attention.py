@@ -18,6 +18,7 @@ from torch import Tensor
 from tandem.ops import attention as reference
 from tandem.ops.attention import Layout, Reads, Span
 from tandem.ops.cpu.library import Library
+from tandem.ops.kv_cache import QuantizedCache
 
 log = logging.getLogger("tandem.ops")
 MAX_HEAD_DIM = 256
@@ -41,7 +42,7 @@ class CpuAttention:
     def __init__(self, library: Library) -> None:
         self._plan = library.bind("tandem_attention_plan", "pllppllllplp")
         self._plan_rows = library.bind("tandem_attention_plan_rows", "plllplp")
-        self._cache = library.bind("tandem_attention_cache", "plplplpllplpppplllffl")
+        self._cache = library.bind("tandem_attention_cache", "plplplplllplpppplllffl")
         self._attend_rows = library.bind("tandem_attention_rows", "plplplppplllffl")
         self._backward = library.bind("tandem_attention_backward", "plplplppppppplllllffl")
         self._needed = torch.zeros(2, dtype=torch.int64)
@@ -49,10 +50,10 @@ class CpuAttention:
         self._partials = torch.empty(0)
 
     def prepare_attention(
-        self, layout: Layout, cache: Tensor, window: int | None = None, groups: int = 1
-    ) -> Plan | Reads:
+        self, layout: Layout, cache: Tensor | QuantizedCache, window: int | None = None, groups: int = 1
+    ) -> Plan | Reads | None:
         """As `ops.attention.prepare_attention`; rows whose tables share blocks are found here."""
-        _, _, num_kv_heads, block_size, head_dim = cache.shape
+        _, num_kv_heads, block_size, head_dim = _shape(cache)
         if head_dim > MAX_HEAD_DIM:
             _leave_to_torch(head_dim)
             return reference.prepare_attention(layout, cache, window, groups)
@@ -81,7 +82,7 @@ class CpuAttention:
         q_THD: Tensor,
         k_TKD: Tensor,
         v_TKD: Tensor,
-        cache: Tensor,
+        cache: Tensor | QuantizedCache,
         layout: Layout,
         *,
         scale: float,
@@ -90,11 +91,11 @@ class CpuAttention:
         reads: Plan | Reads | None = None,
     ) -> Tensor:
         """As `ops.attention.attention`; only what a row sees need be finite."""
-        _, num_blocks, num_kv_heads, block_size, head_dim = cache.shape
+        num_blocks, num_kv_heads, block_size, head_dim = _shape(cache)
         num_heads = q_THD.shape[1]
         if reads is None:
             reads = self.prepare_attention(layout, cache, window, num_heads // num_kv_heads)
-        if isinstance(reads, Reads):
+        if not isinstance(reads, Plan):
             return reference.attention(
                 q_THD, k_TKD, v_TKD, cache, layout, scale=scale, window=window, softcap=softcap, reads=reads
             )
@@ -102,9 +103,10 @@ class CpuAttention:
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
         if reads.num_rows < len(q_THD):
             out_THD[reads.num_rows :] = 0
+        memory, bits = (cache.bytes_NKB, cache.bits) if isinstance(cache, QuantizedCache) else (cache, 0)
         self._cache(
             q_THD.data_ptr(), q_THD.stride(0), k_TKD.data_ptr(), k_TKD.stride(0), v_TKD.data_ptr(), v_TKD.stride(0),
-            cache.data_ptr(), num_blocks, block_size, layout.slots_T.data_ptr(), reads.num_rows,
+            memory.data_ptr(), num_blocks, block_size, bits, layout.slots_T.data_ptr(), reads.num_rows,
             reads.numbers.data_ptr(), self._partials.data_ptr(), out_THD.data_ptr(), None,
             num_heads, num_kv_heads, head_dim, scale, softcap or 0.0, q_THD.dtype == torch.bfloat16,
         )  # fmt: skip
@@ -207,6 +209,15 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.kernels.backward_rows(*ctx.saved_tensors, gradients[0], ctx.options), None, None
+
+
+def _shape(cache: Tensor | QuantizedCache) -> tuple[int, int, int, int]:
+    """Blocks, kv heads, slots of a block, head_dim."""
+    if isinstance(cache, QuantizedCache):
+        num_blocks, num_kv_heads, _ = cache.bytes_NKB.shape
+        return num_blocks, num_kv_heads, cache.block_size, cache.head_dim
+    _, num_blocks, num_kv_heads, block_size, head_dim = cache.shape
+    return num_blocks, num_kv_heads, block_size, head_dim
 
 
 def _rows(x_THD: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ Shape letters: T rows, I input features, O output features, R rank rows, P parts
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -19,60 +21,80 @@ from tandem.ops import lora, quant
 from tandem.ops.cpu.library import Library
 from tandem.ops.linear import LinearWeight
 from tandem.ops.lora import Masks, Stack
-from tandem.ops.quant import Format
+from tandem.ops.quant import FORMATS, HEAD, Format
 
-# Bytes of a block of 32 outputs by the number of steps of 64 inputs.
-BLOCK_BYTES: dict[Format, Callable[[int], int]] = {
-    "int8": lambda steps: steps * quant.INT8_BYTES,
-    "int4": lambda steps: steps * quant.INT4_BYTES + quant.INT4_HEAD,
-}
+# From here on a weight lies on large pages where the system has them: it is read through in every step.
+LARGE_BYTES = 4 * 2**20
 
 
 class QuantLinears:
-    """The operations for weights of one format. `base` does those of other formats and LoRA's."""
+    """The operations for models of `dtype` whose weights are packed as `format`. `base` does those of plain and packed
+    bfloat16 weights, and LoRA's."""
 
-    def __init__(self, format: Format, library: Library | None, base: Any) -> None:
+    def __init__(self, format: Format, library: Library | None, base: Any, dtype: torch.dtype) -> None:
         self.format: Format = format
         self.base = base
-        self.is_compiled = library is not None
+        self.dtype = dtype
+        self.is_compiled = library is not None and dtype == torch.bfloat16
         if library is not None:
-            self._pack = library.bind(f"tandem_{format}_pack", "plllp")
-            self._unpack = library.bind(f"tandem_{format}_unpack", "pllpl")
-            self._forward = library.bind(f"tandem_{format}_forward", "plllplppl")
-            self._backward = library.bind(f"tandem_{format}_backward", "plllplpl")
+            bind = library.bind
+            names: tuple[str, ...] = FORMATS
+            self._pack = {name: bind(f"tandem_{name}_pack", "plllp") for name in names}
+            self._unpack = {name: bind(f"tandem_{name}_unpack", "pllpl") for name in names}
+            self._forward = {name: bind(f"tandem_{name}_forward", "plllplppl") for name in names}
+            self._backward = {name: bind(f"tandem_{name}_backward", "plllplpl") for name in names}
+            self._rows = bind("tandem_int8_rows", "plplp")
 
     def pack(self, weight_OI: Tensor, bias: Tensor | None = None) -> LinearWeight:
         """A quantised copy; drop the original to keep one. ValueError where a number is not finite."""
-        if not self.is_compiled or weight_OI.dtype != torch.bfloat16:
-            return quant.pack(weight_OI, bias, self.format)
-        weight_OI = _rows(weight_OI)
+        return self._packed(weight_OI, bias, self.format)
+
+    def pack_head(self, weight_OI: Tensor) -> LinearWeight:
+        """A quantised copy for logits, of which rows can be looked up; as `pack`."""
+        return self._packed(weight_OI, None, HEAD)
+
+    def _packed(self, weight_OI: Tensor, bias: Tensor | None, format: Format) -> LinearWeight:
         # The sum is finite only if its terms are; those of a weight never come near the largest float32.
         if not weight_OI.sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"a number that is not finite cannot be stored as {self.format}")
+            raise ValueError(f"a number that is not finite cannot be stored as {format}")
+        if not self.is_compiled:
+            return quant.pack(weight_OI, bias, format)
+        weight_OI = _rows(weight_OI)
         out_features, in_features = weight_OI.shape
-        blocks, steps = -(-out_features // quant.OUTPUTS), -(-in_features // quant.INT8_GROUP)
-        shape = (blocks, steps, quant.INT8_BYTES) if self.format == "int8" else (blocks, BLOCK_BYTES["int4"](steps))
-        packed = torch.empty(shape, dtype=torch.uint8)
-        self._pack(weight_OI.data_ptr(), weight_OI.stride(0), out_features, in_features, packed.data_ptr())
-        return LinearWeight(in_features, out_features, bias, packed, self.format)
+        packed = _empty(quant.packed_shape(out_features, in_features, format))
+        self._pack[format](weight_OI.data_ptr(), weight_OI.stride(0), out_features, in_features, packed.data_ptr())
+        return LinearWeight(in_features, out_features, bias, packed, format)
 
     def unpack(self, w: LinearWeight) -> Tensor:
-        if w.format != self.format:
+        if w.format not in FORMATS:
             return self.base.unpack(w)
         if not self.is_compiled:
-            return quant.unpack(w)
+            return quant.unpack(w).to(self.dtype)
         dense_OI = torch.empty(w.out_features, w.in_features, dtype=torch.bfloat16)
-        self._unpack(w.weight.data_ptr(), w.out_features, w.in_features, dense_OI.data_ptr(), w.in_features)
+        self._unpack[w.format](w.weight.data_ptr(), w.out_features, w.in_features, dense_OI.data_ptr(), w.in_features)
         return dense_OI
 
+    def embed(self, ids_T: Tensor, w: LinearWeight) -> Tensor:
+        """Rows of a weight that `pack_head` made."""
+        if w.format not in FORMATS:
+            return self.base.embed(ids_T, w)
+        if len(ids_T) and not 0 <= int(ids_T.min()) <= int(ids_T.max()) < w.out_features:
+            raise IndexError(f"token ids must be 0 to {w.out_features - 1}")
+        if not self.is_compiled:
+            return quant.rows(w, ids_T).to(self.dtype)
+        ids_T = ids_T.contiguous()
+        rows_TI = torch.empty(len(ids_T), w.in_features, dtype=torch.bfloat16)
+        self._rows(w.weight.data_ptr(), w.in_features, ids_T.data_ptr(), len(ids_T), rows_TI.data_ptr())
+        return rows_TI
+
     def linear(self, x_TI: Tensor, w: LinearWeight) -> Tensor:
-        if w.format != self.format:
+        if w.format not in FORMATS:
             return self.base.linear(x_TI, w)
-        if not self._calls(x_TI):
+        if not self.is_compiled:
             return quant.linear(x_TI, w)
         x_TI = _rows(x_TI)
         y_TO = torch.empty(len(x_TI), w.out_features, dtype=torch.bfloat16)
-        self._forward(
+        self._forward[w.format](
             x_TI.data_ptr(), x_TI.stride(0), len(x_TI), w.in_features, w.weight.data_ptr(), w.out_features,
             None if w.bias is None else w.bias.data_ptr(), y_TO.data_ptr(), w.out_features,
         )  # fmt: skip
@@ -81,7 +103,7 @@ class QuantLinears:
     def adapted(
         self, x_TI: Tensor, w: LinearWeight, stack: Stack, foreign_TR: Tensor | None, masks: Masks | None = None
     ) -> tuple[Tensor, Tensor]:
-        if w.format != self.format:
+        if w.format not in FORMATS:
             return self.base.adapted(x_TI, w, stack, foreign_TR, masks)
         y_TO = self.linear(x_TI, w)
         h_PTR = self.base.hidden(x_TI, stack, foreign_TR, masks)
@@ -98,7 +120,7 @@ class QuantLinears:
         dense: Callable[[], Tensor],
         masks: Masks | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        if w.format != self.format:
+        if w.format not in FORMATS:
             return self.base.adapted_gradient(grad_TO, w, stack, foreign_TR, dense, masks)
         grad_TI = self.gradient(grad_TO, w)
         if stack is None:
@@ -107,11 +129,11 @@ class QuantLinears:
 
     def gradient(self, grad_TO: Tensor, w: LinearWeight) -> Tensor:
         """grad_y @ weight, [T, I]: the weight as it is stored, the gradient in full precision."""
-        if not self._calls(grad_TO):
+        if not self.is_compiled:
             return grad_TO @ quant.unpack(w).to(grad_TO.dtype)
         grad_TO = _rows(grad_TO)
         grad_TI = torch.empty(len(grad_TO), w.in_features, dtype=torch.bfloat16)
-        self._backward(
+        self._backward[w.format](
             grad_TO.data_ptr(), grad_TO.stride(0), len(grad_TO), w.out_features, w.weight.data_ptr(), w.in_features,
             grad_TI.data_ptr(), w.in_features,
         )  # fmt: skip
@@ -123,10 +145,17 @@ class QuantLinears:
     def factor_gradient(self, left_TR: Tensor, right_TW: Tensor, scale: float, out_RW: Tensor) -> None:
         self.base.factor_gradient(left_TR, right_TW, scale, out_RW)
 
-    def _calls(self, x: Tensor) -> bool:
-        return self.is_compiled and x.dtype == torch.bfloat16
-
 
 def _rows(x: Tensor) -> Tensor:
     """Rows may lie apart, what is in a row may not."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """Bytes with anything in them."""
+    size = math.prod(shape)
+    if size < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=torch.uint8)
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(region, dtype=torch.uint8, count=size).view(shape)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "kv_format.h"
 
 namespace tandem {
 namespace attention {
@@ -168,6 +169,8 @@ struct Call {
     int64_t block_stride, block_size;                             // 0: keys are plain rows
     int64_t num_heads, groups, dim;
     float scale, softcap;                                         // softcap 0: none
+    const uint8_t* bytes;                                         // a quantised cache; null: k and v are what they are
+    QuantizedBlock form;
 
     // Where key `position` of a unit's table lies, beyond the head's start.
     int64_t offset(int64_t table, int64_t position, int64_t stride) const {
@@ -261,14 +264,34 @@ void finish(const Call<Source>& call, int64_t row, int64_t head, float most, flo
     if (call.lse != nullptr) call.lse[row * call.num_heads + head] = most * LN_2 + std::log(total);
 }
 
+// Keys and values of columns from:known of the split that begins at position `base`, row j at j * dim.
+template <class Source>
+void decode_split(
+    const Call<Source>& call, const Unit& unit, int64_t kv_head, int64_t base, int64_t from, int64_t known,
+    Source* keys, Source* values
+) {
+    const int64_t size = call.form.bytes(), num_kv_heads = call.num_heads / call.groups;
+    const auto* table = reinterpret_cast<const int64_t*>(unit.table);
+    auto block_at = [&](int64_t position) {
+        return call.bytes + (table[position / call.block_size] * num_kv_heads + kv_head) * size;
+    };
+    for (int64_t j = from; j < known;) {
+        const int64_t slot = (base + j) % call.block_size, count = std::min(call.block_size - slot, known - j);
+        if (j + count < known) fetch(block_at(base + j + count), size);
+        quantized::read_block(call.form, block_at(base + j), slot, slot + count, keys + j * call.dim, values + j * call.dim);
+        j += count;
+    }
+}
+
 template <class Source>
 void attend(const Call<Source>& call, const Unit& unit, int64_t kv_head, Scratch& scratch) {
     using Product = UnitOf<Source>;
     const int64_t dim = call.dim, groups = call.groups, rows = unit.num_members * groups;
     const int64_t width = units<Product>(dim), columns = round_up(dim, W), padded = round_up(rows, TILE);
     const int64_t value_stride = SPLIT / Product::pack;
+    const int64_t decoded = call.bytes == nullptr ? 0 : SPLIT * dim;
     scratch.reserve(
-        SPLIT * width + columns * value_stride + padded * (width + columns + 2) + TILE * (2 * SPLIT + columns + 2) + 256
+        2 * decoded + SPLIT * width + columns * value_stride + padded * (width + columns + 2) + TILE * (2 * SPLIT + columns + 2) + 256
     );
     float* keys = scratch.take(SPLIT * width);
     float* values = scratch.take(columns * value_stride);
@@ -280,6 +303,8 @@ void attend(const Call<Source>& call, const Unit& unit, int64_t kv_head, Scratch
     float* weights = Product::pack == 1 ? scores : scratch.take(TILE * SPLIT);
     const int64_t weight_stride = SPLIT / Product::pack;
     float* partial = scratch.take(TILE * columns);
+    auto* decoded_keys = reinterpret_cast<Source*>(scratch.take(decoded));
+    auto* decoded_values = reinterpret_cast<Source*>(scratch.take(decoded));
 
     const int64_t* members = call.members + unit.members;
     int64_t first = INT64_MAX, stop = 0;
@@ -304,7 +329,11 @@ void attend(const Call<Source>& call, const Unit& unit, int64_t kv_head, Scratch
         const int64_t base = split * SPLIT;
         const int64_t from = std::max<int64_t>(0, first - base) / STEP * STEP;
         const int64_t known = std::min(SPLIT, stop - base), to = round_up(known, STEP);
-        for (int64_t j = from; j < known; ++j) {
+        if (call.bytes != nullptr) {
+            decode_split(call, unit, kv_head, base, from, known, decoded_keys, decoded_values);
+            for (int64_t j = from; j < known; ++j) key_rows[j] = decoded_keys + j * dim;
+            for (int64_t j = from; j < known; ++j) value_rows[j] = decoded_values + j * dim;
+        } else for (int64_t j = from; j < known; ++j) {
             key_rows[j] = k + call.offset(unit.table, base + j, call.k_stride);
             value_rows[j] = v + call.offset(unit.table, base + j, call.v_stride);
         }
@@ -426,25 +455,56 @@ void write_rows(
     }
 }
 
+// The same into a quantised cache: what goes into one block is one task.
+template <class Source>
+void quantize_rows(
+    const Source* k, int64_t k_stride, const Source* v, int64_t v_stride, uint8_t* bytes, const QuantizedBlock& form,
+    const int64_t* slots, int64_t num_rows, int64_t num_kv_heads
+) {
+    std::vector<int64_t> starts;
+    for (int64_t row = 0; row < num_rows; ++row) {
+        if (row == 0 || slots[row] % form.block_size == 0 || slots[row] != slots[row - 1] + 1) starts.push_back(row);
+    }
+    const int64_t num_pieces = static_cast<int64_t>(starts.size());
+    starts.push_back(num_rows);
+    parallel_ranges(num_pieces * num_kv_heads, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t piece = i / num_kv_heads, head = i % num_kv_heads, row = starts[piece];
+            const int64_t count = starts[piece + 1] - row, slot = slots[row] % form.block_size;
+            uint8_t* block = bytes + (slots[row] / form.block_size * num_kv_heads + head) * form.bytes();
+            quantized::write_keys(form, block, slot, count, k + row * k_stride + head * form.dim, k_stride);
+            quantized::write_values(form, block, slot, count, v + row * v_stride + head * form.dim, v_stride);
+        }
+    });
+}
+
 template <class Source>
 void attend_cache(
     const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride, void* cache,
-    int64_t num_blocks, int64_t block_size, const int64_t* slots, int64_t num_rows, const int64_t* plan,
+    int64_t num_blocks, int64_t block_size, int64_t bits, const int64_t* slots, int64_t num_rows, const int64_t* plan,
     float* partials, void* out, float* lse, int64_t num_heads, int64_t num_kv_heads, int64_t dim, float scale,
     float softcap
 ) {
-    auto* keys = static_cast<Source*>(cache);
-    const int64_t half = num_blocks * num_kv_heads * block_size * dim;
-    const int64_t grain = std::max<int64_t>(1, 16384 / (num_kv_heads * dim));
-    parallel_ranges(num_rows, grain, [&](int64_t begin, int64_t end) {
-        const auto* new_k = static_cast<const Source*>(k);
-        const auto* new_v = static_cast<const Source*>(v);
-        write_rows(new_k, k_stride, keys, slots, begin, end, num_kv_heads, block_size, dim);
-        write_rows(new_v, v_stride, keys + half, slots, begin, end, num_kv_heads, block_size, dim);
-    });
+    const auto* new_k = static_cast<const Source*>(k);
+    const auto* new_v = static_cast<const Source*>(v);
     Call<Source> call = {};
-    call.q = static_cast<const Source*>(q), call.k = keys, call.v = keys + half;
-    call.out = static_cast<Source*>(out), call.lse = lse, call.partials = partials;
+    call.form = {bits, block_size, dim};
+    if (bits != 0) {
+        auto* bytes = static_cast<uint8_t*>(cache);
+        quantize_rows(new_k, k_stride, new_v, v_stride, bytes, call.form, slots, num_rows, num_kv_heads);
+        call.bytes = bytes;
+    } else {
+        auto* keys = static_cast<Source*>(cache);
+        Source* values = keys + num_blocks * num_kv_heads * block_size * dim;
+        const int64_t grain = std::max<int64_t>(1, 16384 / (num_kv_heads * dim));
+        parallel_ranges(num_rows, grain, [&](int64_t begin, int64_t end) {
+            write_rows(new_k, k_stride, keys, slots, begin, end, num_kv_heads, block_size, dim);
+            write_rows(new_v, v_stride, values, slots, begin, end, num_kv_heads, block_size, dim);
+        });
+        call.k = keys, call.v = values;
+    }
+    call.q = static_cast<const Source*>(q), call.out = static_cast<Source*>(out);
+    call.lse = lse, call.partials = partials;
     call.q_stride = q_stride, call.q_head_stride = dim;
     call.k_stride = call.v_stride = dim, call.k_head_stride = call.v_head_stride = block_size * dim;
     call.block_stride = num_kv_heads * block_size * dim, call.block_size = block_size;
@@ -506,18 +566,19 @@ TANDEM_EXPORT void tandem_attention_plan_rows(
 }
 
 // Writes keys and values of `num_rows` rows at their slots, then attends: out [rows, heads, dim], lse [rows, heads] or
-// null. cache: [2, num_blocks, kv heads, block_size, dim]. q, k, v: heads are neighbours, strides are of a row.
+// null. cache: [2, num_blocks, kv heads, block_size, dim] where `bits` is 0; with 8 or 4 [num_blocks, kv heads, bytes] as
+// kv_format.h has it. q, k, v: heads are neighbours, strides are of a row.
 // softcap 0: none. partials: room for so many as the plan says, of heads * (dim + 2) floats each.
 TANDEM_EXPORT void tandem_attention_cache(
     const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v, int64_t v_stride, void* cache,
-    int64_t num_blocks, int64_t block_size, const int64_t* slots, int64_t num_rows, const int64_t* plan,
+    int64_t num_blocks, int64_t block_size, int64_t bits, const int64_t* slots, int64_t num_rows, const int64_t* plan,
     float* partials, void* out, float* lse, int64_t num_heads, int64_t num_kv_heads, int64_t dim, float scale,
     float softcap, int64_t is_bf16
 ) {
     using namespace tandem;
     auto run = is_bf16 ? attention::attend_cache<bf16> : attention::attend_cache<float>;
-    run(q, q_stride, k, k_stride, v, v_stride, cache, num_blocks, block_size, slots, num_rows, plan, partials, out, lse,
-        num_heads, num_kv_heads, dim, scale, softcap);
+    run(q, q_stride, k, k_stride, v, v_stride, cache, num_blocks, block_size, bits, slots, num_rows, plan, partials, out,
+        lse, num_heads, num_kv_heads, dim, scale, softcap);
 }
 
 // Attention of plain rows, for training.

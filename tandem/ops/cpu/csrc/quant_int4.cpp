@@ -125,7 +125,8 @@ TANDEM_INLINE void add_scaled(const int32_t* whole, const float* scales, int64_t
         _mm512_storeu_ps(sums + 16 * r, _mm512_fmadd_ps(value, scale, before));
 #else
         for (int64_t c = 0; c < 16; ++c) {
-            sums[16 * r + c] = std::fma(static_cast<float>(whole[16 * r + c]), scales[r], adds ? sums[16 * r + c] : 0.0f);
+            const float before = adds ? sums[16 * r + c] : 0.0f;
+            sums[16 * r + c] = std::fma(static_cast<float>(whole[16 * r + c]), scales[r], before);
         }
 #endif
     }
@@ -241,13 +242,6 @@ struct Forward4 {
 #endif
 };
 
-// The largest magnitude of numbers, NaN if there is one: magnitudes order like their bits, and NaN's are above all.
-float largest(const bf16* x, int64_t count) {
-    uint16_t found = 0;
-    for (int64_t i = 0; i < count; ++i) found = std::max<uint16_t>(found, x[i].bits & 0x7fff);
-    return to_float(bf16{found});
-}
-
 // A row's span as int8 codes, and what they are multiples of.
 float round_span(const bf16* x, int64_t count, int8_t* to, int64_t apart) {
     const float most = largest(x, count);
@@ -323,38 +317,47 @@ struct Turned4 {
 };
 
 struct Group {
-    float values[32];
+    alignas(64) float values[32];
     uint8_t codes[32];
     uint8_t multiplier;
     int8_t offset;
 };
 
+TANDEM_INLINE Vec nearest_codes(Vec values, float offset, float inverse) {
+    return min(max(round((values - set(offset)) * set(inverse)), zero()), set(15.0f));
+}
+
 // Multiplier, offset and codes of 32 values within -127 .. 127; see `quantise_int4` of ops/quant.py.
 void choose_levels(Group& group) {
-    const float* values = group.values;
-    float low = values[0], high = values[0];
-    for (int i = 1; i < 32; ++i) low = std::min(low, values[i]), high = std::max(high, values[i]);
-    const float widest = std::min(std::max(std::ceil((high - low) / 15), 1.0f), 17.0f);
-    float least = INFINITY;
-    for (int64_t smaller = 0; smaller < TRIED; ++smaller) {
-        const float multiplier = std::max(widest - static_cast<float>(smaller), 1.0f), inverse = 1 / multiplier;
-        float offset = std::nearbyint((low + high) / 2 - multiplier * 7.5f), rest = 0, error = 0, codes[32];
-        for (int i = 0; i < 32; ++i) {
-            codes[i] = std::min(std::max(std::nearbyint((values[i] - offset) * inverse), 0.0f), 15.0f);
-            rest += values[i] - codes[i] * multiplier;
-        }
-        offset = std::max(std::nearbyint(rest / 32), -128.0f);
-        offset = std::max(std::min(offset, 127 - 15 * multiplier), -128.0f);
-        for (int i = 0; i < 32; ++i) {
-            codes[i] = std::min(std::max(std::nearbyint((values[i] - offset) * inverse), 0.0f), 15.0f);
-            const float off = values[i] - codes[i] * multiplier - offset;
-            error += off * off;
-        }
-        if (!(error < least)) continue;
-        least = error;
-        group.multiplier = static_cast<uint8_t>(multiplier), group.offset = static_cast<int8_t>(offset);
-        for (int i = 0; i < 32; ++i) group.codes[i] = static_cast<uint8_t>(codes[i]);
+    constexpr int64_t PARTS = 32 / Vec::width;
+    Vec values[PARTS], low = set(INFINITY), high = set(-INFINITY);
+    for (int64_t p = 0; p < PARTS; ++p) {
+        values[p] = load(group.values + p * Vec::width);
+        low = min(low, values[p]), high = max(high, values[p]);
     }
+    const float lowest = -tandem::largest(zero() - low), highest = tandem::largest(high);
+    const float widest = std::min(std::max(std::ceil((highest - lowest) / 15), 1.0f), 17.0f);
+    float least = INFINITY, multiplier = 1, offset = 0;
+    for (int64_t smaller = 0; smaller < TRIED; ++smaller) {
+        const float tried = std::max(widest - static_cast<float>(smaller), 1.0f), inverse = 1 / tried;
+        const float middle = std::nearbyint((lowest + highest) / 2 - tried * 7.5f);
+        Vec rest = zero(), error = zero();
+        for (int64_t p = 0; p < PARTS; ++p) {
+            rest = rest + fnma(nearest_codes(values[p], middle, inverse), set(tried), values[p]);
+        }
+        const float mean = std::max(std::nearbyint(sum(rest) / 32), -128.0f);
+        const float moved = std::max(std::min(mean, 127 - 15 * tried), -128.0f);
+        for (int64_t p = 0; p < PARTS; ++p) {
+            const Vec off = fnma(nearest_codes(values[p], moved, inverse), set(tried), values[p] - set(moved));
+            error = fma(off, off, error);
+        }
+        const float total = sum(error);
+        if (total < least) least = total, multiplier = tried, offset = moved;
+    }
+    group.multiplier = static_cast<uint8_t>(multiplier), group.offset = static_cast<int8_t>(offset);
+    alignas(64) float codes[32];
+    for (int64_t p = 0; p < PARTS; ++p) store(codes + p * Vec::width, nearest_codes(values[p], offset, 1 / multiplier));
+    for (int64_t i = 0; i < 32; ++i) group.codes[i] = static_cast<uint8_t>(codes[i]);
 }
 
 // Up to 32 rows of the weight.
@@ -371,12 +374,16 @@ void pack_block(const bf16* weight, int64_t stride, int64_t rows, int64_t inputs
             Group group{};
             for (int64_t i = 0; i < count; ++i) group.values[i] = to_float(weight[o * stride + first + i]) / scales[o];
             choose_levels(group);
+            std::memset(group.codes + count, 0, 32 - count);
             uint8_t* step = to + Int4::head_bytes + part / 2 * Int4::step_bytes;
             uint8_t* parameters = step + o / 16 * 64 + part % 2 * 32 + o % 16;
             parameters[0] = group.multiplier, parameters[16] = static_cast<uint8_t>(group.offset);
             uint8_t* codes = step + 128 + o / 16 * 512 + o % 16 * 4;
-            for (int64_t i = 0; i < count; ++i) {
-                codes[i / 4 * 64 + i % 4] |= static_cast<uint8_t>(group.codes[i] << (4 * (part % 2)));
+            for (int64_t four = 0; four < 8; ++four) {
+                uint32_t old, fresh;
+                std::memcpy(&old, codes + four * 64, 4), std::memcpy(&fresh, group.codes + four * 4, 4);
+                old |= fresh << (4 * (part % 2));
+                std::memcpy(codes + four * 64, &old, 4);
             }
         }
     }

@@ -114,9 +114,7 @@ void quantise_group(const bf16* weight, int64_t stride, int64_t rows, int64_t in
         alignas(64) float values[64] = {};
         if (o < rows)
             for (int64_t i = 0; i < inputs; ++i) values[i] = to_float(weight[o * stride + i]);
-        float largest = 0;
-        for (int64_t i = 0; i < 64; ++i) largest = std::max(largest, std::abs(values[i]));
-        const bf16 scale = round_up(largest / 127);
+        const bf16 scale = round_up((o < rows ? largest(weight + o * stride, inputs) : 0.0f) / 127);
         const float divisor = scale.bits ? to_float(scale) : 1;
         for (int64_t i = 0; i < 64; ++i) codes[o][i] = static_cast<int8_t>(std::nearbyint(values[i] / divisor));
         reinterpret_cast<bf16*>(to)[o] = scale;
@@ -125,7 +123,9 @@ void quantise_group(const bf16* weight, int64_t stride, int64_t rows, int64_t in
     for (int64_t step = 0; step < 2; ++step)
         for (int64_t half = 0; half < 2; ++half)
             for (int64_t pair = 0; pair < 16; ++pair)
-                for (int64_t o = 0; o < 16; ++o, at += 2) std::memcpy(at, &codes[16 * half + o][32 * step + 2 * pair], 2);
+                for (int64_t o = 0; o < 16; ++o, at += 2) {
+                    std::memcpy(at, &codes[16 * half + o][32 * step + 2 * pair], 2);
+                }
 }
 
 struct Turned8 {
@@ -181,4 +181,19 @@ TANDEM_EXPORT void tandem_int8_pack(const bf16* weight, int64_t stride, int64_t 
 // The weight that the bytes stand for, [n, k].
 TANDEM_EXPORT void tandem_int8_unpack(const uint8_t* packed, int64_t n, int64_t k, bf16* weight, int64_t stride) {
     unpack_tiles<Turned8>(packed, n, k, weight, stride);
+}
+
+// Rows `ids` of the weight, [count, k].
+TANDEM_EXPORT void tandem_int8_rows(const uint8_t* packed, int64_t k, const int64_t* ids, int64_t count, bf16* rows) {
+    parallel_ranges(count, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const uint8_t* block = packed + ids[row] / OUTPUTS * Int8::block_bytes(k);
+            const int64_t o = ids[row] % OUTPUTS;
+            for (int64_t i = 0; i < k; ++i) {
+                const int64_t step = i / 32, at = o / 16 * 512 + i % 32 / 2 * 32 + o % 16 * 2 + i % 2;
+                const float code = static_cast<int8_t>(Int8::codes(block, step)[at]);
+                rows[row * k + i] = to_bf16(code * to_float(Int8::scales(block, step)[o]));
+            }
+        }
+    });
 }
