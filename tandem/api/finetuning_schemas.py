@@ -92,9 +92,8 @@ class Method(Strict):
 
     @model_validator(mode="after")
     def _one(self) -> Method:
-        other = ({"supervised", "dpo"} - {self.type}) & self.model_fields_set
-        if other:
-            raise InvalidRequest(f"method.type is {self.type}: remove method.{other.pop()}", "method")
+        for other in ({"supervised", "dpo"} - {self.type}) & self.model_fields_set:
+            raise InvalidRequest(f"method.type is {self.type}: remove method.{other}", other)
         return self
 
     @property
