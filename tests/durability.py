@@ -297,7 +297,9 @@ def _weights(server: Server, name: str) -> str:
 
 def _judge_disk(state: Path) -> None:
     """Nothing temporary, nothing half there, nothing that nobody knows of."""
-    assert {path.name for path in state.iterdir()} == {"adapters", "files", "id", "lock", "resume", "tandem.db"}
+    known = {"adapters", "files", "id", "lock", "resume", "tandem.db", "tinker"}
+    assert {path.name for path in state.iterdir()} == known
+    assert list((state / "tinker").iterdir()) == []
     assert list((state / "resume").iterdir()) == []
     assert not [path for path in state.rglob("*") if path.name.startswith(".")]
     for adapter in (state / "adapters").iterdir():

@@ -144,12 +144,13 @@ def test_k_quantised_files_give_the_logits_of_their_numbers(tmp_path: Path, kind
     with torch.inference_mode():
         expected = tiny_models.oracle(tmp_path / "plain")(torch.tensor([tokens])).logits[0]
     assert expected.std() > 0.1
-    torch.testing.assert_close(load_logits(file, tokens), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(load_logits(file, tokens), expected, rtol=0, atol=4e-5 * expected.abs().max().item())
 
 
 def test_bfloat16_is_the_rounded_float32(converted: Callable[..., Path]) -> None:
     exact, rounded = load_decoder(converted("gemma2", "Q8_0")), load_decoder(converted("gemma2", "Q8_0"), dtype=BF16)
-    assert torch.equal(exact.weights.embedding.weight.to(BF16), rounded.weights.embedding.weight)
+    embedding_VD = rounded.kernels.unpack(rounded.weights.embedding)
+    assert torch.equal(exact.weights.embedding.weight.to(BF16), embedding_VD)
     assert torch.equal(exact.weights.layers[1].input_norm.to(BF16), rounded.weights.layers[1].input_norm)
 
 
