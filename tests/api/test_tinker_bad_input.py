@@ -294,8 +294,8 @@ def test_a_client_that_dies_leaves_nothing(server):
     before = held(server)
     client = Client(server.hasty, server.model)
     model_id = client.create()
-    eventually(lambda: held(server)[0] == before[0] + 1)
     client.result(client.passes(model_id, 1).json())
+    eventually(lambda: held(server)[0] == before[0] + 1)
     promise = client.raw("save_weights_for_sampler", model_id=model_id, seq_id=2, sampling_session_seq_id=0).json()
     sampler_id = client.result(promise)["sampling_session_id"]
     client.sample(sampler_id, 0, num_samples=8, max_tokens=200)
