@@ -272,7 +272,7 @@ WRONG = [
     ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta", "unknown field"),
     ({"hyperparameters": {"learning_rate_multiplier": -1}}, "hyperparameters.learning_rate_multiplier", "greater"),
     ({"method": {"type": "reinforcement"}}, "method.type", "is not supported: write the loop yourself"),
-    ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised", "method.type is dpo: remove method.supervised"),
+    ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised", "remove method.supervised"),
     ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}, "method.dpo.hyperparameters.beta", "2"),
     ({"tandem": {"optimizer": "adam"}}, "tandem.optimizer", "adamw"),
     ({"beta": 0.1}, "beta", "put it into method.dpo.hyperparameters"),
