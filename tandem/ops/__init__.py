@@ -52,7 +52,6 @@ class Kernels:
     gelu_tanh_mul: Callable[..., torch.Tensor]
     softcap: Callable[..., torch.Tensor]
     cross_entropy_: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    accumulate: Callable[..., None]
     argmax: Callable[..., torch.Tensor]
     draw: Callable[..., torch.Tensor]
     draw_filtered: Callable[..., torch.Tensor]
@@ -117,7 +116,6 @@ def load(device: str, dtype: torch.dtype, cpu_isa: str = "auto", quantization: s
         gelu_tanh_mul=small.gelu_tanh_mul,
         softcap=small.softcap,
         cross_entropy_=small.cross_entropy_,
-        accumulate=small.accumulate,
         argmax=samples.argmax,
         draw=samples.draw,
         draw_filtered=samples.draw_filtered,

@@ -131,11 +131,6 @@ def check_targets(targets_M: Tensor, vocab: int) -> None:
         raise ValueError(f"targets must be int64 token ids below {vocab}")
 
 
-def accumulate(total_TD: Tensor, x_TD: Tensor, scale: float = 1.0) -> None:
-    """total += x * scale, the total in float32."""
-    total_TD.add_(x_TD, alpha=scale)
-
-
 def _rotate(x_THR: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
     half = x_THR.shape[-1] // 2
     swapped = torch.cat((x_THR[..., half:], x_THR[..., :half]), -1)

@@ -234,16 +234,6 @@ def test_cross_entropy_of_odd_logits(ops: Pointwise) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_accumulate(ops: Pointwise, dtype: torch.dtype) -> None:
-    for width in WIDTHS:
-        total, x = strided(3, width, dtype=torch.float32), strided(3, width, dtype=dtype, seed=1)
-        expected = total.clone()
-        pointwise.accumulate(expected, x.float(), 0.7)
-        ops.accumulate(total, x, 0.7)
-        torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_whatever_rows_and_threads(ops: Pointwise, dtype: torch.dtype) -> None:
     width, rows = 515, 67
     x, other = random(rows, 2 * width, dtype=dtype), random(rows, 2 * width, dtype=dtype, seed=1)
@@ -294,5 +284,3 @@ def test_what_does_not_fit_is_refused(ops: Pointwise) -> None:
             ops.rope(heads, *angles)
     with pytest.raises(ValueError, match="cannot rotate 10 of 8"):
         ops.rope(heads, torch.ones(4, 10), torch.ones(4, 10))
-    with pytest.raises(ValueError, match="dense float32 rows"):
-        ops.accumulate(torch.ones(4, 16, dtype=torch.bfloat16), x)

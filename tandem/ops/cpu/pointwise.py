@@ -42,7 +42,6 @@ class Pointwise:
         self._gelu_tanh_mul = both("gelu_tanh_mul", "pplll")
         self._gelu_tanh_mul_backward = both("gelu_tanh_mul_backward", "ppp" + "l" * 4)
         self._cross_entropy = both("cross_entropy", "ppppplllf")
-        self._accumulate = both("accumulate", "ppllllf")
 
     # ------------------------------------------------------------ norms
 
@@ -172,14 +171,6 @@ class Pointwise:
             nll_M.data_ptr(), is_best_M.data_ptr(), num_rows, logits_MV.stride(0), vocab, softcap or 0.0,
         )  # fmt: skip
         return nll_M, is_best_M
-
-    def accumulate(self, total_TD: Tensor, x_TD: Tensor, scale: float = 1.0) -> None:
-        if total_TD.dtype != torch.float32 or total_TD.shape != x_TD.shape or total_TD.stride(-1) != 1:
-            raise ValueError(f"accumulate needs dense float32 rows of shape {tuple(x_TD.shape)} to add to")
-        x_TD, width, rows, _, stride, _ = _heads(x_TD, 2)
-        self._accumulate[x_TD.dtype](
-            total_TD.data_ptr(), x_TD.data_ptr(), rows, total_TD.stride(0), stride, width, scale
-        )
 
 
 def _heads(x: Tensor, most: int = 3) -> tuple[Tensor, int, int, int, int, int]:

@@ -332,19 +332,6 @@ void cross_entropy(
     });
 }
 
-// y += x * scale. [rows, width] with strides; y float32.
-template <class T>
-void accumulate(float* y, const T* x, int64_t rows, int64_t y_stride, int64_t x_stride, int64_t width, float scale) {
-    for_pieces(rows, width, [&](int64_t row, int64_t column, int64_t columns) {
-        float* to = y + row * y_stride + column;
-        const T* from = x + row * x_stride + column;
-        const Vec factor = set(scale);
-        for_vectors(columns, [&](int64_t i, auto lanes) {
-            store(to + i, fma(load(from + i, lanes), factor, load(to + i, lanes)), lanes);
-        });
-    });
-}
-
 }  // namespace
 }  // namespace tandem
 
@@ -492,15 +479,4 @@ TANDEM_EXPORT void tandem_cross_entropy_bf16(
     int64_t row_stride, int64_t width, float cap
 ) {
     tandem::cross_entropy(logits, targets, weights, nll, is_best, rows, row_stride, width, cap);
-}
-
-TANDEM_EXPORT void tandem_accumulate_f32(
-    float* y, const float* x, int64_t rows, int64_t y_stride, int64_t x_stride, int64_t width, float scale
-) {
-    tandem::accumulate(y, x, rows, y_stride, x_stride, width, scale);
-}
-TANDEM_EXPORT void tandem_accumulate_bf16(
-    float* y, const bf16* x, int64_t rows, int64_t y_stride, int64_t x_stride, int64_t width, float scale
-) {
-    tandem::accumulate(y, x, rows, y_stride, x_stride, width, scale);
 }
