@@ -1,43 +1,28 @@
 // Linear layers in bfloat16: y = x W^T + bias, its input gradient from the same packed bytes, and LoRA inside both.
 //
 // A packed weight [N, K] is panels of 16 output columns, an even number of them, each a strip of right tiles along K
-// (`tiles.h`); what pads it is zero. LoRA comes as parts: part p adds h b to the columns offset .. offset + width, with
-// h = x a^T, zero where the rank row is foreign to the row; a is [R, K] and b is [R, width], the scaling in b.
+// (`tiles.h`); what pads it is zero. LoRA is in `lora.h`.
 //
 // Shape letters as in ops/linear.py: M rows, K input and N output features, R rank rows of one part.
 
 #include <memory>
 
-#include "tiles.h"
+#include "lora.h"
 
 namespace tandem {
 namespace {
 
-// Rows whose activations stay in the second-level cache while the weights pass by, and how much of them.
-constexpr int64_t SUPER_STRIPS = 16, BACKWARD_STRIPS = 32;
-constexpr int64_t CACHED_BYTES = 1 << 20;
-constexpr int64_t LARGEST_GROUP = 32;
+// Rows whose activations stay in the second-level cache while the weights pass by, and how much of them: more than half
+// a megabyte and they leave it again, beside the weights and the sums of a group.
+constexpr int64_t SUPER_STRIPS = 32;
+constexpr int64_t CACHED_BYTES = 1 << 19;
+constexpr int64_t LARGEST_GROUP = 16;
+// Tiles of two weight strips that stay in the first-level cache while the activations pass by.
+constexpr int64_t NEAR_STEPS = 16;
 constexpr int64_t PREFETCH_BYTES = 8192;
 
-struct Part {
-    const bf16* a;
-    const bf16* b;
-    int64_t offset, width;
-};
-
-struct Lora {
-    const Part* parts;
-    int64_t num_parts, rank;
-    const uint8_t* foreign;  // [M, R], may be null: nothing is foreign
-    int64_t foreign_stride;
-
-    int64_t panels() const { return 2 * divide_up(rank, 2 * TILE_COLUMNS); }
-    int64_t steps() const { return divide_up(rank, TILE_TERMS); }
-    bool is_foreign(int64_t row, int64_t r) const { return foreign && foreign[row * foreign_stride + r]; }
-};
-
 struct Buffers {
-    Scratch activations, factors, hidden;
+    Scratch activations, factors;
 };
 
 Buffers& buffers() {
@@ -45,53 +30,8 @@ Buffers& buffers() {
     return mine;
 }
 
-Scratch& local() {
-    static thread_local Scratch mine;
-    return mine;
-}
-
-// One or two left strips by one or two right strips.
-TANDEM_INLINE void multiply_block(int64_t lefts, int64_t rights, const bf16* left, int64_t left_stride,
-                                  const bf16* right, int64_t right_stride, int64_t steps, float* out, bool adds,
-                                  int64_t rows, Ahead ahead) {
-    if (lefts == 2 && rights == 2) {
-        multiply_tiles<2, 2>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
-    } else if (rights == 2) {
-        multiply_tiles<1, 2>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
-    } else if (lefts == 2) {
-        multiply_tiles<2, 1>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
-    } else {
-        multiply_tiles<1, 1>(left, left_stride, right, right_stride, steps, out, adds, rows, ahead);
-    }
-}
-
 int64_t group_size(int64_t units) {
     return std::clamp<int64_t>(units / (2 * omp_get_max_threads()), 1, LARGEST_GROUP);
-}
-
-// [steps] tiles of every strip of rows: left strips, or right ones for the way back.
-template <bool RIGHT>
-void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t terms, bf16* to) {
-    const int64_t strips = divide_up(rows, TILE_ROWS), steps = divide_up(terms, TILE_TERMS);
-    parallel_ranges(strips * steps, 512, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = i / steps * TILE_ROWS, term = i % steps * TILE_TERMS;
-            const bf16* from = x + row * stride + term;
-            if (RIGHT) pack_right(from, stride, rows - row, terms - term, to + i * TILE);
-            else pack_left(from, stride, rows - row, terms - term, to + i * TILE);
-        }
-    });
-}
-
-// The factors a of all parts as panels of 16 rank rows along K.
-void pack_factors(const Lora& lora, int64_t terms, bf16* to) {
-    const int64_t steps = divide_up(terms, TILE_TERMS), panels = lora.panels();
-    parallel_ranges(lora.num_parts * panels * steps, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t part = i / (panels * steps), r = i / steps % panels * TILE_COLUMNS, k = i % steps * TILE_TERMS;
-            pack_right(lora.parts[part].a + r * terms + k, terms, lora.rank - r, terms - k, to + i * TILE);
-        }
-    });
 }
 
 // ---------------------------------------------------------------- forward
@@ -104,14 +44,13 @@ struct Forward {
     const bf16* bias;
     bf16* y;
     int64_t y_stride;
-    Lora lora;
-    const bf16* hidden;  // h as left strips, part by part
+    LoraForward lora;
 
     int64_t num_strips() const { return divide_up(rows, TILE_ROWS); }
 
     // The strips `first` on, `count` of them, by panel: what LoRA adds, then to y.
     void finish(int64_t first, int64_t count, int64_t rights, int64_t panel, float* out) const {
-        for (int64_t j = 0; j < rights; ++j) add_lora(first, count, rights, panel + j, j, out);
+        for (int64_t j = 0; j < rights; ++j) lora.add(first, count, panel + j, out + j * TILE_OUT, rights * TILE_OUT);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t row = (first + i) * TILE_ROWS, last = std::min(rows - row, TILE_ROWS);
             const int64_t column = panel * TILE_COLUMNS;
@@ -130,26 +69,6 @@ struct Forward {
             const float value = to_float(bias[column + c]);
             float* at = out + c / TILE_COLUMNS * TILE_OUT + c % TILE_COLUMNS;
             for (int64_t r = 0; r < TILE_ROWS; ++r) at[16 * r] += value;
-        }
-    }
-
-    void add_lora(int64_t first, int64_t count, int64_t rights, int64_t panel, int64_t place, float* out) const {
-        const int64_t column = panel * TILE_COLUMNS, steps = lora.steps();
-        for (int64_t p = 0; p < lora.num_parts; ++p) {
-            const Part& part = lora.parts[p];
-            const int64_t low = std::max<int64_t>(part.offset - column, 0);
-            const int64_t high = std::min<int64_t>(part.offset + part.width - column, TILE_COLUMNS);
-            if (low >= high) continue;
-            alignas(64) bf16 factors[TILE];
-            for (int64_t step = 0; step < steps; ++step) {
-                const int64_t r = step * TILE_TERMS;
-                pack_right_rows(part.b + r * part.width + (column - part.offset), part.width, lora.rank - r, low, high,
-                                factors);
-                const bf16* left = hidden + ((p * num_strips() + first) * steps + step) * TILE;
-                for (int64_t i = 0; i < count; ++i)
-                    multiply_tiles<1, 1>(left + i * steps * TILE, 0, factors, 0, 1,
-                                         out + (i * rights + place) * TILE_OUT, true, TILE_ROWS, {});
-            }
         }
     }
 
@@ -174,50 +93,35 @@ struct Forward {
             float* sums = reinterpret_cast<float*>(local().take((end - begin) * blocks * 4 * TILE_OUT * 4));
             for (int64_t at = 0; at < steps; at += per) {
                 const int64_t length = std::min(per, steps - at);
-                for (int64_t pair = begin; pair < end; ++pair) {
-                    const int64_t rights = (2 * pair + 1) * TILE_COLUMNS < columns ? 2 : 1;
-                    const bf16* right = weight + (2 * pair * steps + at) * TILE;
-                    for (int64_t block = 0; block < blocks; ++block) {
-                        const int64_t first = low + 2 * block, lefts = std::min<int64_t>(2, low + count - first);
-                        float* out = sums + ((pair - begin) * blocks + block) * 4 * TILE_OUT;
-                        multiply_block(lefts, rights, strips + (first * steps + at) * TILE, steps * TILE, right,
+                for (int64_t pair = begin; pair < end; ++pair)
+                    for (int64_t near = at; near < at + length; near += NEAR_STEPS)
+                        multiply_pair(pair, near, std::min(NEAR_STEPS, at + length - near), low, count,
+                                      sums + (pair - begin) * blocks * 4 * TILE_OUT, low == 0 && pair + 1 < end);
+            }
+        }
+    }
+
+    // The tiles [at, at + length) of a pair of panels by `count` strips of rows; the last ones finish.
+    void multiply_pair(int64_t pair, int64_t at, int64_t length, int64_t low, int64_t count, float* sums,
+                       bool reads_ahead) const {
+        const int64_t rights = (2 * pair + 1) * TILE_COLUMNS < columns ? 2 : 1, blocks = divide_up(count, 2);
+        const bf16* right = weight + (2 * pair * steps + at) * TILE;
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = low + 2 * block, lefts = std::min<int64_t>(2, low + count - first);
+            float* out = sums + block * 4 * TILE_OUT;
+            multiply_block<Side::LEFT>(lefts, rights, strips + (first * steps + at) * TILE, steps * TILE, right,
                                        steps * TILE, length, out, at > 0, lefts * TILE_ROWS,
-                                       next(pair, end, at, length, low, block, blocks));
-                        if (at + length == steps) finish(first, lefts, rights, 2 * pair, out);
-                    }
-                }
-            }
+                                       reads_ahead ? next(pair, at, length, block, blocks) : Ahead{});
+            if (at + length == steps) finish(first, lefts, rights, 2 * pair, out);
         }
     }
 
-    // The next pair's panels come into the cache while this one is used, a share with every block.
-    Ahead next(int64_t pair, int64_t end, int64_t at, int64_t length, int64_t low, int64_t block, int64_t blocks) const {
-        if (pair + 1 >= end || low > 0) return {};
-        // Whole panels are neighbours; of pieces only the first panel's is read ahead.
-        const int64_t lines = divide_up(length == steps ? 32 : 16, blocks);
-        const bf16* from = weight + (2 * (pair + 1) * steps + at) * TILE;
-        return {reinterpret_cast<const char*>(from) + block * lines * 64 * length, lines};
-    }
-
-    // h of part p, rank rows 16 * panel on, strips first and (count 2) first + 1.
-    void hide(int64_t p, int64_t panel, int64_t first, int64_t count, const bf16* factors, bf16* hidden_out,
-              bf16* h) const {
-        alignas(64) float out[2 * TILE_OUT];
-        multiply_block(count, 1, strips + first * steps * TILE, steps * TILE,
-                       factors + (p * lora.panels() + panel) * steps * TILE, 0, steps, out, false, count * TILE_ROWS, {});
-        for (int64_t i = 0; i < count; ++i) {
-            bf16* tile = hidden_out + (((p * num_strips() + first + i) * lora.steps()) + panel / 2) * TILE;
-            for (int64_t m = 0; m < TILE_ROWS; ++m) {
-                const int64_t row = (first + i) * TILE_ROWS + m;
-                for (int64_t c = 0; c < TILE_COLUMNS; ++c) {
-                    const int64_t r = panel * TILE_COLUMNS + c;
-                    const bool counts = row < rows && r < lora.rank && !lora.is_foreign(row, r);
-                    const bf16 value = counts ? to_bf16(out[i * TILE_OUT + 16 * m + c]) : bf16{0};
-                    tile[32 * m + panel % 2 * TILE_COLUMNS + c] = value;
-                    if (h && row < rows && r < lora.rank) h[(p * rows + row) * lora.rank + r] = value;
-                }
-            }
-        }
+    // The same tiles of the next pair come into the cache while these are used: the first half of the blocks reads one
+    // panel's, the second half the other's.
+    Ahead next(int64_t pair, int64_t at, int64_t length, int64_t block, int64_t blocks) const {
+        const int64_t half = divide_up(blocks, 2), lines = divide_up(16, half);
+        const bf16* from = weight + ((2 * (pair + 1) + block / half) * steps + at) * TILE;
+        return {reinterpret_cast<const char*>(from) + block % half * lines * 64 * length, lines};
     }
 
     void run() const {
@@ -245,9 +149,7 @@ struct Backward {
     int64_t terms;       // K
     bf16* gx;
     int64_t gx_stride;
-    Lora lora;
-    const bf16* factors;  // a as panels
-    const bf16* hidden;   // the gradient of h as right strips, part by part
+    LoraBackward lora;
 
     int64_t num_strips() const { return divide_up(rows, TILE_COLUMNS); }
     int64_t weight_steps() const { return divide_up(terms, TILE_TERMS); }
@@ -255,26 +157,34 @@ struct Backward {
     // Units [begin, end): 32 terms of the weight each.
     void run_units(int64_t begin, int64_t end) const {
         const TileRegisters registers;
-        for (int64_t low = 0; low < num_strips(); low += BACKWARD_STRIPS) {
-            const int64_t count = std::min(BACKWARD_STRIPS, num_strips() - low), blocks = divide_up(count, 2);
+        for (int64_t low = 0; low < num_strips(); low += SUPER_STRIPS) {
+            const int64_t count = std::min(SUPER_STRIPS, num_strips() - low), blocks = divide_up(count, 2);
             const int64_t chunks = divide_up(count * steps * TILE * 2, CACHED_BYTES), per = divide_up(steps, chunks);
             const int64_t out_bytes = (end - begin) * blocks * 4 * TILE_OUT * 4;
-            char* memory = local().take(out_bytes + 2 * per * TILE * 2);
+            char* memory = local().take(out_bytes + 2 * NEAR_STEPS * TILE * 2);
             float* sums = reinterpret_cast<float*>(memory);
             bf16* turned = reinterpret_cast<bf16*>(memory + out_bytes);
             for (int64_t at = 0; at < steps; at += per) {
                 const int64_t length = std::min(per, steps - at);
-                for (int64_t unit = begin; unit < end; ++unit) {
-                    turn_unit(unit, at, length, turned);
-                    for (int64_t block = 0; block < blocks; ++block) {
-                        const int64_t first = low + 2 * block, rights = std::min<int64_t>(2, low + count - first);
-                        float* out = sums + ((unit - begin) * blocks + block) * 4 * TILE_OUT;
-                        multiply_block(2, rights, turned, length * TILE, strips + (first * steps + at) * TILE,
-                                       steps * TILE, length, out, at > 0, 2 * TILE_ROWS, {});
-                        if (at + length == steps) finish(unit, first, rights, out);
+                for (int64_t unit = begin; unit < end; ++unit)
+                    for (int64_t near = at; near < at + length; near += NEAR_STEPS) {
+                        const int64_t some = std::min(NEAR_STEPS, at + length - near);
+                        turn_unit(unit, near, some, turned);
+                        multiply_unit(unit, near, some, low, count, turned, sums + (unit - begin) * blocks * 4 * TILE_OUT);
                     }
-                }
             }
+        }
+    }
+
+    // The tiles [at, at + length) of a unit, turned, by `count` strips of rows; the last ones finish.
+    void multiply_unit(int64_t unit, int64_t at, int64_t length, int64_t low, int64_t count, const bf16* turned,
+                       float* sums) const {
+        for (int64_t first = low; first < low + count; first += 2) {
+            const int64_t rights = std::min<int64_t>(2, low + count - first);
+            float* out = sums + (first - low) / 2 * 4 * TILE_OUT;
+            multiply_block<Side::RIGHT>(2, rights, turned, length * TILE, strips + (first * steps + at) * TILE,
+                                        steps * TILE, length, out, at > 0, 2 * TILE_ROWS, {});
+            if (at + length == steps) finish(unit, first, rights, out);
         }
     }
 
@@ -293,20 +203,7 @@ struct Backward {
     }
 
     void finish(int64_t unit, int64_t first, int64_t rights, float* out) const {
-        const int64_t rank_steps = lora.num_parts ? lora.steps() : 0;
-        alignas(64) bf16 both[2 * TILE];
-        for (int64_t p = 0; p < lora.num_parts; ++p) {
-            for (int64_t step = 0; step < rank_steps; ++step) {
-                const bf16* panel = factors + ((p * lora.panels() + 2 * step) * weight_steps() + unit) * TILE;
-                turn(panel, panel + weight_steps() * TILE, both, both + TILE);
-                for (int64_t i = 0; i < 2; ++i)
-                    for (int64_t j = 0; j < rights; ++j) {
-                        const bf16* right = hidden + ((p * num_strips() + first + j) * rank_steps + step) * TILE;
-                        multiply_tiles<1, 1>(both + i * TILE, 0, right, 0, 1, out + (i * rights + j) * TILE_OUT, true,
-                                             TILE_ROWS, {});
-                    }
-            }
-        }
+        lora.add(unit, first, rights, out, rights * TILE_OUT);
         const int64_t term = unit * TILE_TERMS;
         for (int64_t j = 0; j < rights; ++j) {
             alignas(64) float turned[2][TILE_OUT];
@@ -315,52 +212,6 @@ struct Backward {
             for (int64_t r = 0; r < last; ++r)
                 store_rows(gx + (row + r) * gx_stride + term, turned[0] + 16 * r, turned[1] + 16 * r, terms - term);
         }
-    }
-
-    // The gradient of h for part p, rank rows 16 * panel on, of one strip; `factor` is a left strip of b.
-    void hide(int64_t p, int64_t panel, int64_t strip, const bf16* factor, int64_t at, int64_t length,
-              bf16* hidden_out, bf16* gh) const {
-        alignas(64) float out[TILE_OUT];
-        multiply_tiles<1, 1>(factor, 0, strips + (strip * steps + at) * TILE, 0, length, out, false, TILE_ROWS, {});
-        bf16* tile = hidden_out + ((p * num_strips() + strip) * lora.steps() + panel / 2) * TILE;
-        for (int64_t i = 0; i < TILE_ROWS; ++i) {
-            const int64_t r = panel * TILE_ROWS + i, term = panel % 2 * TILE_ROWS + i;
-            for (int64_t m = 0; m < TILE_COLUMNS; ++m) {
-                const int64_t row = strip * TILE_COLUMNS + m;
-                const bool counts = row < rows && r < lora.rank && !lora.is_foreign(row, r);
-                const bf16 value = counts ? to_bf16(out[16 * i + m]) : bf16{0};
-                tile[term / 2 * 32 + 2 * m + term % 2] = value;
-                if (gh && row < rows && r < lora.rank) gh[(p * rows + row) * lora.rank + r] = value;
-            }
-        }
-    }
-
-    void hide_all(bf16* hidden_out, bf16* gh) const {
-        const int64_t panels = lora.panels();
-        parallel_tasks(lora.num_parts * panels, [&](int64_t task) {
-            const TileRegisters registers;
-            const int64_t p = task / panels, panel = task % panels, r = panel * TILE_ROWS;
-            const Part& part = lora.parts[p];
-            const int64_t at = part.offset / TILE_TERMS, end = divide_up(part.offset + part.width, TILE_TERMS);
-            bf16* factor = reinterpret_cast<bf16*>(local().take((end - at) * TILE * 2));
-            for (int64_t step = at; step < end; ++step) pack_b(part, r, step, factor + (step - at) * TILE);
-            for (int64_t strip = 0; strip < num_strips(); ++strip)
-                hide(p, panel, strip, factor, at, end - at, hidden_out, gh);
-        });
-    }
-
-    // Rank rows r on of b at columns 32 * step on, zero where the part has none.
-    void pack_b(const Part& part, int64_t r, int64_t step, bf16* to) const {
-        const int64_t low = step * TILE_TERMS - part.offset;
-        if (low >= 0) {
-            pack_left(part.b + r * part.width + low, part.width, lora.rank - r, part.width - low, to);
-            return;
-        }
-        for (int64_t i = 0; i < TILE_ROWS; ++i)
-            for (int64_t c = 0; c < TILE_TERMS; ++c) {
-                const bool counts = r + i < lora.rank && low + c >= 0 && low + c < part.width;
-                to[32 * i + c] = counts ? part.b[(r + i) * part.width + low + c] : bf16{0};
-            }
     }
 };
 
@@ -411,27 +262,12 @@ TANDEM_EXPORT void tandem_matmul_forward(const bf16* x, int64_t x_stride, int64_
     Forward forward{};
     forward.rows = m, forward.steps = divide_up(k, TILE_TERMS), forward.weight = weight, forward.columns = n;
     forward.bias = bias, forward.y = y, forward.y_stride = y_stride;
-    forward.lora = {static_cast<const Part*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
-    const int64_t strips = forward.num_strips();
-    bf16* packed = reinterpret_cast<bf16*>(buffers().activations.take(strips * forward.steps * TILE * 2));
-    pack_rows<false>(x, x_stride, m, k, packed);
+    const Strips strips{nullptr, m, forward.steps, forward.steps};
+    bf16* packed = reinterpret_cast<bf16*>(buffers().activations.take(strips.bytes()));
+    pack_rows<false>(x, x_stride, k, strips, packed);
     forward.strips = packed;
-    if (const Lora& lora = forward.lora; lora.num_parts) {
-        const int64_t panels = lora.panels(), pairs = divide_up(strips, 2);
-        bf16* factors = reinterpret_cast<bf16*>(
-            buffers().factors.take(lora.num_parts * panels * forward.steps * TILE * 2));
-        pack_factors(lora, k, factors);
-        bf16* hidden = reinterpret_cast<bf16*>(buffers().hidden.take(lora.num_parts * strips * lora.steps() * TILE * 2));
-        parallel_ranges(lora.num_parts * panels * pairs, 1, [&](int64_t begin, int64_t end) {
-            const TileRegisters registers;
-            for (int64_t i = begin; i < end; ++i) {
-                const int64_t first = i % pairs * 2;
-                forward.hide(i / (panels * pairs), i / pairs % panels, first, std::min<int64_t>(2, strips - first),
-                             factors, hidden, h);
-            }
-        });
-        forward.hidden = hidden;
-    }
+    const Lora lora{static_cast<const LoraPart*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
+    forward.lora = LoraForward(lora, {packed, m, forward.steps, forward.steps}, k, h);
     forward.run();
 }
 
@@ -443,20 +279,12 @@ TANDEM_EXPORT void tandem_matmul_backward(const bf16* gy, int64_t gy_stride, int
     Backward backward{};
     backward.rows = m, backward.steps = divide_up(n, TILE_TERMS), backward.weight = weight, backward.terms = k;
     backward.gx = gx, backward.gx_stride = gx_stride;
-    backward.lora = {static_cast<const Part*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
-    const int64_t strips = backward.num_strips();
-    bf16* packed = reinterpret_cast<bf16*>(buffers().activations.take(strips * backward.steps * TILE * 2));
-    pack_rows<true>(gy, gy_stride, m, n, packed);
+    const Strips strips{nullptr, m, backward.steps, backward.steps};
+    bf16* packed = reinterpret_cast<bf16*>(buffers().activations.take(strips.bytes()));
+    pack_rows<true>(gy, gy_stride, n, strips, packed);
     backward.strips = packed;
-    if (const Lora& lora = backward.lora; lora.num_parts) {
-        bf16* factors = reinterpret_cast<bf16*>(
-            buffers().factors.take(lora.num_parts * lora.panels() * backward.weight_steps() * TILE * 2));
-        pack_factors(lora, k, factors);
-        backward.factors = factors;
-        bf16* hidden = reinterpret_cast<bf16*>(buffers().hidden.take(lora.num_parts * strips * lora.steps() * TILE * 2));
-        backward.hide_all(hidden, gh);
-        backward.hidden = hidden;
-    }
+    const Lora lora{static_cast<const LoraPart*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
+    backward.lora = LoraBackward(lora, {packed, m, backward.steps, backward.steps}, k, gh);
     const int64_t units = backward.weight_steps(), group = group_size(units);
     parallel_tasks(divide_up(units, group), [&](int64_t task) {
         backward.run_units(task * group, std::min(units, (task + 1) * group));

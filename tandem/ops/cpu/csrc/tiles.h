@@ -51,6 +51,10 @@ private:
     size_t capacity_ = 0;
 };
 
+// The side of a product whose tiles pass by: they take no place in the first-level cache, which keeps the other side's
+// for the next block. Fewer misses there leave its fill buffers to what comes from memory.
+enum class Side { NONE, LEFT, RIGHT };
+
 // Where a block's lines to be read ahead are: `lines` of them with every step.
 struct Ahead {
     const char* at = nullptr;
@@ -76,9 +80,13 @@ public:
 };
 
 // The compiler's own intrinsics do not tell it that they read memory.
-template <int R>
+template <int R, bool PASSING = false>
 TANDEM_INLINE void tile_load(const void* p) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t{64}), "i"(R) : "memory");
+    if constexpr (PASSING) {
+        asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t{64}), "i"(R) : "memory");
+    } else {
+        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t{64}), "i"(R) : "memory");
+    }
 }
 template <int R>
 TANDEM_INLINE void tile_store(void* p) {
@@ -104,24 +112,25 @@ TANDEM_INLINE void unrolled(const Body& body) {
 
 // out[i][j] (+)= left strip i x right strip j over `steps` tiles; strips are `left_stride`, `right_stride` apart. One or
 // two of each: four sums and four tiles use all eight registers, and every tile loaded is used as often as can be.
-template <int L, int R>
+template <int L, int R, Side PASSING = Side::NONE>
 TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
                                   int64_t steps, float* out, bool adds, int64_t, Ahead ahead) {
     static_assert(L <= 2 && R <= 2);
+    constexpr bool lefts_pass = PASSING == Side::LEFT, rights_pass = PASSING == Side::RIGHT;
     unrolled<L * R>([&](auto i) {
         if (adds) tile_load<i>(out + i * TILE_OUT);
         else tile_zero<i>();
     });
     for (int64_t step = 0; step < steps; ++step) {
-        tile_load<4>(left);
-        tile_load<6>(right);
+        tile_load<4, lefts_pass>(left);
+        tile_load<6, rights_pass>(right);
         tile_multiply<0, 4, 6>();
         if constexpr (R == 2) {
-            tile_load<7>(right + right_stride);
+            tile_load<7, rights_pass>(right + right_stride);
             tile_multiply<1, 4, 7>();
         }
         if constexpr (L == 2) {
-            tile_load<5>(left + left_stride);
+            tile_load<5, lefts_pass>(left + left_stride);
             tile_multiply<R, 5, 6>();
             if constexpr (R == 2) tile_multiply<3, 5, 7>();
         }
@@ -205,7 +214,7 @@ TANDEM_INLINE void multiply_rows(const bf16* left, const bf16* right, int64_t st
 #endif
 
 // As above. `rows` of the left strips together count; the others' results are unspecified.
-template <int L, int R>
+template <int L, int R, Side PASSING = Side::NONE>
 TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
                                   int64_t steps, float* out, bool adds, int64_t rows, Ahead ahead) {
     for (int64_t i = 0; i < L; ++i) {
