@@ -118,22 +118,22 @@ def quantise_int4(weight_OI: Tensor) -> Int4Codes:
 
 
 def pack_int8(weight: Int8Codes) -> Tensor:
-    """The bytes of a weight, [B, G, 2112]: by group 32 scales, then codes as [2 halves of the inputs][2 halves of the
-    outputs][16 pairs of inputs][16 outputs][2]."""
+    """The bytes of a weight, [B, G, 2112]: by group 32 scales, then codes + 128 as [2 halves of the inputs][2 halves of
+    the outputs][16 pairs of inputs][16 outputs][2]."""
     out_features, inputs = weight.codes_OI.shape
     codes = pad(weight.codes_OI, (0, -inputs % INT8_GROUP, 0, -out_features % OUTPUTS))
     scales = pad(weight.scales_OG, (0, 0, 0, -out_features % OUTPUTS))
     blocks, groups = len(codes) // OUTPUTS, scales.shape[1]
     ordered = codes.view(blocks, 2, 16, groups, 2, 16, 2).permute(0, 3, 4, 1, 5, 2, 6)
     heads = scales.view(blocks, OUTPUTS, groups).transpose(1, 2).contiguous().view(torch.uint8)
-    return torch.cat((heads, ordered.reshape(blocks, groups, -1).view(torch.uint8)), -1)
+    return torch.cat((heads, ordered.reshape(blocks, groups, -1).view(torch.uint8) ^ 128), -1)
 
 
 def unpack_int8(packed_BGn: Tensor, out_features: int, in_features: int) -> Int8Codes:
     """The reverse of `pack_int8`."""
     blocks, groups, _ = packed_BGn.shape
     heads, codes = packed_BGn.split((2 * OUTPUTS, OUTPUTS * INT8_GROUP), -1)
-    ordered = codes.reshape(blocks, groups, 2, 2, 16, 16, 2).permute(0, 3, 5, 1, 2, 4, 6)
+    ordered = (codes ^ 128).reshape(blocks, groups, 2, 2, 16, 16, 2).permute(0, 3, 5, 1, 2, 4, 6)
     codes_OI = ordered.reshape(blocks * OUTPUTS, groups * INT8_GROUP).view(torch.int8)
     scales = heads.contiguous().view(torch.bfloat16).transpose(1, 2).reshape(blocks * OUTPUTS, groups)
     return Int8Codes(codes_OI[:out_features, :in_features], scales[:out_features])

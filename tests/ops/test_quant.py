@@ -240,6 +240,82 @@ def test_adapters_are_added_and_get_their_gradients(isa: str, format: Format, fo
     assert relative(grad_x, grad.float() @ quant.unpack(w).float() + expected_h @ a) < 8e-3
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rank", [8, 40])
+@pytest.mark.parametrize("shape", [(96, 704), (77, 200), (300, 33)])
+def test_adapters_inside_do_not_depend_on_other_rows(
+    isa: str, format: Format, rank: int, shape: tuple[int, int], dirty_memory: None
+) -> None:
+    """Parts that begin and end inside blocks, some rank rows foreign; few rows, many, and rows that lie apart."""
+    outputs, inputs = shape
+    kernels = compiled(format, isa)
+    bias = random(outputs, seed=8)
+    w = kernels.pack(random(*shape), bias)
+    widths = (outputs // 3, outputs - outputs // 3 - 5)
+    parts = [
+        Part(offset, random(rank, inputs, seed=4 + i), random(rank, width, seed=6 + i))
+        for i, (offset, width) in enumerate(zip((0, outputs // 3 + 5), widths, strict=True))
+    ]
+    stack = Stack(parts)
+    x = random(600, inputs + 8, seed=1)[:, :inputs]
+    grad = random(600, outputs + 8, seed=2)[:, :outputs]
+    foreign = torch.rand(600, rank, generator=torch.Generator().manual_seed(0)) < 0.4
+    y, h = kernels.adapted(x, w, stack, foreign)
+    grad_x, grad_h = kernels.adapted_gradient(grad, w, stack, foreign, lambda: pytest.fail("no dense copy"))
+    expected_y, expected_x = quant.linear(x.float(), w), grad.float() @ quant.unpack(w).float()
+    for place, part in enumerate(parts):
+        columns = slice(part.offset, part.offset + part.b_RW.shape[1])
+        own_h = (x.float() @ part.a_RI.float().T).masked_fill(foreign, 0)
+        own_grad = (grad[:, columns].float() @ part.b_RW.float().T).masked_fill(foreign, 0)
+        assert relative(h[place], own_h) < 4e-3
+        assert relative(grad_h[place], own_grad) < 4e-3
+        expected_y[:, columns] += h[place].float() @ part.b_RW.float()
+        expected_x += grad_h[place].float() @ part.a_RI.float()
+    assert relative(y, expected_y) < 4e-3
+    assert relative(grad_x, expected_x) < 4e-3
+    for rows in (slice(0, 1), slice(3, 35), slice(40, 111), slice(500, 600)):
+        some_y, some_h = kernels.adapted(x[rows], w, stack, foreign[rows])
+        some_x, some_grad = kernels.adapted_gradient(grad[rows], w, stack, foreign[rows], None)
+        for found, whole in ((some_y, y[rows]), (some_h, h[:, rows]), (some_x, grad_x[rows]),
+                             (some_grad, grad_h[:, rows])):  # fmt: skip
+            assert torch.equal(found, whole), rows
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_foreign_factors_that_overflowed_stay_out(isa: str, format: Format) -> None:
+    kernels = compiled(format, isa)
+    w = kernels.pack(random(64, 64))
+    a = random(16, 64, seed=4)
+    a[8:] = 3e38
+    stack = Stack([Part(0, a, random(16, 64, seed=5))])
+    foreign = torch.zeros(40, 16, dtype=torch.bool)
+    foreign[:20, 8:] = True
+    x = random(40, 64, seed=1).abs() + 1
+    y, _ = kernels.adapted(x, w, stack, foreign)
+    assert y[:20].isfinite().all()
+    assert not y[20:].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_dropout_masks_reach_only_the_adapters(isa: str, format: Format) -> None:
+    kernels = compiled(format, isa)
+    w = kernels.pack(random(64, 96))
+    stack = Stack([Part(16, random(8, 96, seed=4), random(8, 48, seed=5))])
+    x, grad = random(50, 96, seed=1), random(50, 64, seed=2)
+    mask = (torch.rand(50, 96, generator=torch.Generator().manual_seed(0)) < 0.5).bfloat16() * 2
+    a, b = stack.parts[0].a_RI.float(), stack.parts[0].b_RW.float()
+    y, _ = kernels.adapted(x, w, stack, None, [mask])
+    expected = quant.linear(x.float(), w)
+    expected[:, 16:64] += ((x * mask).float() @ a.T) @ b
+    assert relative(y, expected) < 8e-3
+    grad_x, grad_h = kernels.adapted_gradient(grad, w, stack, None, lambda: pytest.fail("no dense copy"), [mask])
+    expected_x = grad.float() @ quant.unpack(w).float() + (grad_h[0].float() @ a) * mask.float()
+    assert relative(grad_x, expected_x) < 8e-3
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_float32_takes_the_reference(format: Format) -> None:
     kernels = ops.load("cpu", torch.float32, "auto", format)

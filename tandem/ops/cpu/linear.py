@@ -84,14 +84,14 @@ class TileLinears:
         if w.format != "tiles":
             return lora.adapted_gradient(grad_TO, w, stack, foreign_TR, dense, masks)
         inside = stack if masks is None else None
-        grad_TO = _rows(grad_TO)
+        grad_TO = rows_together(grad_TO)
         grad_TI = torch.empty(len(grad_TO), w.in_features, dtype=torch.bfloat16)
         grad_PTR = None
         if inside is not None:
             grad_PTR = torch.empty(len(inside.parts), len(grad_TO), inside.rank, dtype=torch.bfloat16)
         self._backward(
             grad_TO.data_ptr(), grad_TO.stride(0), len(grad_TO), w.out_features, w.weight.data_ptr(), w.in_features,
-            grad_TI.data_ptr(), w.in_features, *_parts(inside, foreign_TR),
+            grad_TI.data_ptr(), w.in_features, *lora_arguments(inside, foreign_TR),
             None if grad_PTR is None else grad_PTR.data_ptr(),
         )  # fmt: skip
         if stack is not None and inside is None:
@@ -101,12 +101,12 @@ class TileLinears:
     def hidden(self, x_TI: Tensor, stack: Stack, foreign_TR: Tensor | None, masks: Masks | None = None) -> Tensor:
         if x_TI.dtype != torch.bfloat16 or masks is not None:
             return lora.hidden(x_TI, stack, foreign_TR, masks)
-        x_TI = _rows(x_TI)
+        x_TI = rows_together(x_TI)
         h_PTR = torch.empty(len(stack.parts), len(x_TI), stack.rank, dtype=torch.bfloat16)
         # A linear without outputs: what LoRA reads is all that is computed.
         self._forward(
             x_TI.data_ptr(), x_TI.stride(0), len(x_TI), x_TI.shape[1], None, 0, None, None, 0,
-            *_parts(stack, foreign_TR), h_PTR.data_ptr(),
+            *lora_arguments(stack, foreign_TR), h_PTR.data_ptr(),
         )  # fmt: skip
         return h_PTR
 
@@ -114,7 +114,7 @@ class TileLinears:
         if left_TR.dtype != torch.bfloat16:
             lora.factor_gradient(left_TR, right_TW, scale, out_RW)
             return
-        left_TR, right_TW = _rows(left_TR), _rows(right_TW)
+        left_TR, right_TW = rows_together(left_TR), rows_together(right_TW)
         self._outer(
             left_TR.data_ptr(), left_TR.stride(0), right_TW.data_ptr(), right_TW.stride(0), len(left_TR),
             left_TR.shape[1], right_TW.shape[1], scale, out_RW.data_ptr(), out_RW.stride(0),
@@ -136,20 +136,21 @@ class TileLinears:
         foreign_TR: Tensor | None,
         h_PTR: Tensor | None,
     ) -> None:
-        x_TI = _rows(x_TI)
+        x_TI = rows_together(x_TI)
         self._forward(
             x_TI.data_ptr(), x_TI.stride(0), len(x_TI), w.in_features, w.weight.data_ptr(), w.out_features,
             None if w.bias is None else w.bias.data_ptr(), y_TO.data_ptr(), w.out_features,
-            *_parts(stack, foreign_TR), None if h_PTR is None else h_PTR.data_ptr(),
+            *lora_arguments(stack, foreign_TR), None if h_PTR is None else h_PTR.data_ptr(),
         )  # fmt: skip
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_together(x: Tensor) -> Tensor:
     """Rows may lie apart, what is in a row may not."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _parts(stack: Stack | None, foreign_TR: Tensor | None) -> tuple[int | None, int, int, int | None, int]:
+def lora_arguments(stack: Stack | None, foreign_TR: Tensor | None) -> tuple[int | None, int, int, int | None, int]:
+    """parts, num_parts, rank, foreign and foreign_stride of a compiled product."""
     if stack is None:
         return None, 0, 0, None, 0
     foreign = None if foreign_TR is None else foreign_TR.data_ptr()

@@ -2,7 +2,7 @@
 
 What the numbers mean stands in `ops/quant.py`, what the operations mean in `ops/linear.py` and `ops/lora.py`;
 `csrc/quant_*.cpp` do the work. A row's result does not depend on the other rows, bit for bit. Gradients come from the
-same bytes. Weights in another format, and LoRA, go to `base`.
+same bytes, LoRA is inside both. Weights in another format go to `base`.
 
 Shape letters: T rows, I input features, O output features, R rank rows, P parts.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tandem.ops import lora, quant
 from tandem.ops.cpu.library import Library
+from tandem.ops.cpu.linear import lora_arguments, rows_together
 from tandem.ops.linear import LinearWeight
 from tandem.ops.lora import Masks, Stack
 from tandem.ops.quant import FORMATS, HEAD, Format
@@ -41,8 +42,8 @@ class QuantLinears:
             names: tuple[str, ...] = FORMATS
             self._pack = {name: bind(f"tandem_{name}_pack", "plllp") for name in names}
             self._unpack = {name: bind(f"tandem_{name}_unpack", "pllpl") for name in names}
-            self._forward = {name: bind(f"tandem_{name}_forward", "plllplppl") for name in names}
-            self._backward = {name: bind(f"tandem_{name}_backward", "plllplpl") for name in names}
+            self._forward = {name: bind(f"tandem_{name}_forward", "plllplpplpllplp") for name in names}
+            self._backward = {name: bind(f"tandem_{name}_backward", "plllplplpllplp") for name in names}
             self._rows = bind("tandem_int8_rows", "plplp")
 
     def pack(self, weight_OI: Tensor, bias: Tensor | None = None) -> LinearWeight:
@@ -59,7 +60,7 @@ class QuantLinears:
             raise ValueError(f"a number that is not finite cannot be stored as {format}")
         if not self.is_compiled:
             return quant.pack(weight_OI, bias, format)
-        weight_OI = _rows(weight_OI)
+        weight_OI = rows_together(weight_OI)
         out_features, in_features = weight_OI.shape
         packed = _empty(quant.packed_shape(out_features, in_features, format))
         self._pack[format](weight_OI.data_ptr(), weight_OI.stride(0), out_features, in_features, packed.data_ptr())
@@ -92,24 +93,18 @@ class QuantLinears:
             return self.base.linear(x_TI, w)
         if not self.is_compiled:
             return quant.linear(x_TI, w)
-        x_TI = _rows(x_TI)
-        y_TO = torch.empty(len(x_TI), w.out_features, dtype=torch.bfloat16)
-        self._forward[w.format](
-            x_TI.data_ptr(), x_TI.stride(0), len(x_TI), w.in_features, w.weight.data_ptr(), w.out_features,
-            None if w.bias is None else w.bias.data_ptr(), y_TO.data_ptr(), w.out_features,
-        )  # fmt: skip
-        return y_TO
+        return self._multiply(x_TI, w, None, None, None)
 
     def adapted(
         self, x_TI: Tensor, w: LinearWeight, stack: Stack, foreign_TR: Tensor | None, masks: Masks | None = None
     ) -> tuple[Tensor, Tensor]:
         if w.format not in FORMATS:
             return self.base.adapted(x_TI, w, stack, foreign_TR, masks)
-        y_TO = self.linear(x_TI, w)
-        h_PTR = self.base.hidden(x_TI, stack, foreign_TR, masks)
-        for part, h_TR in zip(stack.parts, h_PTR, strict=True):
-            y_TO[:, part.offset : part.offset + part.b_RW.shape[1]].addmm_(h_TR, part.b_RW)
-        return y_TO, h_PTR
+        if not self.is_compiled or masks is not None:
+            y_TO = self.linear(x_TI, w)
+            return y_TO, lora.add(y_TO, x_TI, stack, foreign_TR, masks)
+        h_PTR = torch.empty(len(stack.parts), len(x_TI), stack.rank, dtype=torch.bfloat16)
+        return self._multiply(x_TI, w, stack, foreign_TR, h_PTR), h_PTR
 
     def adapted_gradient(
         self,
@@ -122,22 +117,18 @@ class QuantLinears:
     ) -> tuple[Tensor, Tensor | None]:
         if w.format not in FORMATS:
             return self.base.adapted_gradient(grad_TO, w, stack, foreign_TR, dense, masks)
-        grad_TI = self.gradient(grad_TO, w)
-        if stack is None:
-            return grad_TI, None
-        return grad_TI, lora.add_gradient(grad_TI, grad_TO, stack, foreign_TR, masks)
+        inside = stack if self.is_compiled and masks is None else None
+        grad_PTR = None
+        if inside is not None:
+            grad_PTR = torch.empty(len(inside.parts), len(grad_TO), inside.rank, dtype=torch.bfloat16)
+        grad_TI = self._gradient(grad_TO, w, inside, foreign_TR, grad_PTR)
+        if stack is not None and inside is None:
+            grad_PTR = lora.add_gradient(grad_TI, grad_TO, stack, foreign_TR, masks)
+        return grad_TI, grad_PTR
 
     def gradient(self, grad_TO: Tensor, w: LinearWeight) -> Tensor:
         """grad_y @ weight, [T, I]: the weight as it is stored, the gradient in full precision."""
-        if not self.is_compiled:
-            return grad_TO @ quant.unpack(w).to(grad_TO.dtype)
-        grad_TO = _rows(grad_TO)
-        grad_TI = torch.empty(len(grad_TO), w.in_features, dtype=torch.bfloat16)
-        self._backward[w.format](
-            grad_TO.data_ptr(), grad_TO.stride(0), len(grad_TO), w.out_features, w.weight.data_ptr(), w.in_features,
-            grad_TI.data_ptr(), w.in_features,
-        )  # fmt: skip
-        return grad_TI
+        return self._gradient(grad_TO, w, None, None, None)
 
     def hidden(self, x_TI: Tensor, stack: Stack, foreign_TR: Tensor | None, masks: Masks | None = None) -> Tensor:
         return self.base.hidden(x_TI, stack, foreign_TR, masks)
@@ -145,10 +136,31 @@ class QuantLinears:
     def factor_gradient(self, left_TR: Tensor, right_TW: Tensor, scale: float, out_RW: Tensor) -> None:
         self.base.factor_gradient(left_TR, right_TW, scale, out_RW)
 
+    def _multiply(
+        self, x_TI: Tensor, w: LinearWeight, stack: Stack | None, foreign_TR: Tensor | None, h_PTR: Tensor | None
+    ) -> Tensor:
+        x_TI = rows_together(x_TI)
+        y_TO = torch.empty(len(x_TI), w.out_features, dtype=torch.bfloat16)
+        self._forward[w.format](
+            x_TI.data_ptr(), x_TI.stride(0), len(x_TI), w.in_features, w.weight.data_ptr(), w.out_features,
+            None if w.bias is None else w.bias.data_ptr(), y_TO.data_ptr(), w.out_features,
+            *lora_arguments(stack, foreign_TR), None if h_PTR is None else h_PTR.data_ptr(),
+        )  # fmt: skip
+        return y_TO
 
-def _rows(x: Tensor) -> Tensor:
-    """Rows may lie apart, what is in a row may not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    def _gradient(
+        self, grad_TO: Tensor, w: LinearWeight, stack: Stack | None, foreign_TR: Tensor | None, grad_PTR: Tensor | None
+    ) -> Tensor:
+        if not self.is_compiled:
+            return grad_TO @ quant.unpack(w).to(grad_TO.dtype)
+        grad_TO = rows_together(grad_TO)
+        grad_TI = torch.empty(len(grad_TO), w.in_features, dtype=torch.bfloat16)
+        self._backward[w.format](
+            grad_TO.data_ptr(), grad_TO.stride(0), len(grad_TO), w.out_features, w.weight.data_ptr(), w.in_features,
+            grad_TI.data_ptr(), w.in_features, *lora_arguments(stack, foreign_TR),
+            None if grad_PTR is None else grad_PTR.data_ptr(),
+        )  # fmt: skip
+        return grad_TI
 
 
 def _empty(shape: tuple[int, ...]) -> Tensor:

@@ -95,7 +95,8 @@ inline const bf16* pack_factors(const Lora& lora, int64_t terms) {
     bf16* to = reinterpret_cast<bf16*>(lora_scratch().factors.take(lora.num_parts * panels * steps * TILE * 2));
     parallel_ranges(lora.num_parts * panels * steps, 64, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t part = i / (panels * steps), r = i / steps % panels * TILE_COLUMNS, k = i % steps * TILE_TERMS;
+            const int64_t part = i / (panels * steps), r = i / steps % panels * TILE_COLUMNS;
+            const int64_t k = i % steps * TILE_TERMS;
             pack_right(lora.parts[part].a + r * terms + k, terms, lora.rank - r, terms - k, to + i * TILE);
         }
     });
@@ -222,7 +223,7 @@ public:
     }
 
 private:
-    // The gradient of h for part p, rank rows 16 * panel on, of one strip; `factor` is a left strip of b, steps at .. end.
+    // The gradient of h for part p, rank rows 16 * panel on, of one strip; `factor`: steps at .. end of b as left tiles.
     void hide(int64_t p, int64_t panel, int64_t strip, const Strips& gy, const bf16* factor, int64_t at, int64_t end,
               bf16* hidden, bf16* gh) const {
         alignas(64) float out[TILE_OUT];

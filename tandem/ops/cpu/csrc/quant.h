@@ -3,11 +3,11 @@
 //
 // A weight [N, K] is stored in blocks of 32 outputs, each block in steps along K, so that a product reads it from the
 // first byte to the last. A product expands a stretch of steps into the first-level cache as tiles and multiplies it
-// with all rows. Every element of a product is summed in the order of its terms, whatever the number of rows, blocks
+// with many rows. Every element of a product is summed in the order of its terms, whatever the number of rows, blocks
 // and threads, so its bits depend on none of them.
 #pragma once
 
-#include "tiles.h"
+#include "lora.h"
 #include "vector.h"
 
 namespace tandem {
@@ -19,15 +19,16 @@ constexpr int64_t CELL = 4 * TILE_OUT;    // sums of a pair of rows' strips and 
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int64_t STRETCH = 8;            // steps expanded at once
 constexpr int64_t LINE = 64;              // bytes of a cache line
-// Rows that are multiplied in one go: their part of a stretch stays in the second-level cache.
-constexpr int64_t MOST_ROWS = 1024;
+// Blocks that are multiplied in one go with as many rows (an operation's SUPER_PAIRS of their strips): a stretch of the
+// rows and all sums stay in the second-level cache.
 constexpr int64_t BLOCKS_AT_ONCE = 8;
+constexpr int64_t LARGEST_GROUP = 32;  // blocks of a task
 
 // int8: blocks of groups of 64 inputs: 32 scales (bfloat16), then two steps of 32 inputs, each [2][16 pairs of
-// inputs][16 outputs][2].
+// inputs][16 outputs][2]; a code is stored as code + 128.
 struct Int8 {
     static constexpr int64_t group_bytes = 64 + 2 * 1024;
-    static int64_t steps(int64_t inputs) { return 2 * divide_up(inputs, 64); }
+    static int64_t steps(int64_t inputs) { return divide_up(inputs, 32); }
     static int64_t block_bytes(int64_t inputs) { return divide_up(inputs, 64) * group_bytes; }
     static const uint8_t* group(const uint8_t* block, int64_t step) { return block + (step / 2) * group_bytes; }
     static const bf16* scales(const uint8_t* block, int64_t step) {
@@ -61,30 +62,25 @@ inline Scratch& local_tiles() {
     return mine;
 }
 
-inline Scratch& local_sums() {
-    static thread_local Scratch mine;
-    return mine;
-}
-
-// Blocks [begin, end) times all rows, in this thread. While a stretch is multiplied the next one is expanded, because
-// the tiles leave the vector units idle, and the one after that is fetched. Sums of several blocks wait for the next
-// stretch of their terms, so that the rows' part of it is used while it is near. `Op` says what a product is made of:
-//   steps, rows
+// Blocks [begin, end) times the pairs of rows' strips [low, low + pairs), in this thread. While a stretch is multiplied
+// the next one is expanded, because the tiles leave the vector units idle, and the one after that is fetched. Sums of
+// several blocks wait for the next stretch of their terms, so that the rows' part of it is used while it is near, and
+// the blocks' results are written together: a line here and a line there takes long. `Op` says what a product is:
+//   steps, rows, SUPER_PAIRS
 //   expand(block, step, to): a step's two tiles, the second STRETCH tiles after the first
 //   fetch(block, step): bring its bytes nearer
 //   multiply(pair, tiles, step, length, sums, meanwhile): add a stretch; meanwhile() between its steps
-//   finish(pair, block, sums): all is summed
+//   finish(pair, begin, end, sums, apart): all is summed; a block's sums are `apart` numbers from the one's before
 template <class Op>
-void run_blocks(const Op& op, int64_t begin, int64_t end) {
-    const TileRegisters registers;
-    const int64_t steps = op.steps, pairs = divide_up(op.rows, PAIR);
+void run_pairs(const Op& op, int64_t begin, int64_t end, int64_t low, int64_t pairs) {
+    const int64_t steps = op.steps;
     char* const tiles = local_tiles().take(2 * 2 * STRETCH * TILE_BYTES);
-    float* const sums = reinterpret_cast<float*>(local_sums().take(pairs * BLOCKS_AT_ONCE * CELL * sizeof(float)));
+    float* const sums = reinterpret_cast<float*>(local().take(pairs * BLOCKS_AT_ONCE * CELL * sizeof(float)));
     auto length_at = [&](Place place) { return std::min(STRETCH, steps - place.step); };
+    auto first_of = [&](Place place) { return begin + (place.block - begin) / BLOCKS_AT_ONCE * BLOCKS_AT_ONCE; };
     // From block to block, then on to the next stretch, then to the next blocks.
     auto next = [&](Place place) {
-        const int64_t first = begin + (place.block - begin) / BLOCKS_AT_ONCE * BLOCKS_AT_ONCE;
-        const int64_t last = std::min(first + BLOCKS_AT_ONCE, end);
+        const int64_t first = first_of(place), last = std::min(first + BLOCKS_AT_ONCE, end);
         if (++place.block < last) return place;
         place.step += STRETCH;
         return place.step < steps ? Place{first, place.step} : Place{last, 0};
@@ -93,7 +89,7 @@ void run_blocks(const Op& op, int64_t begin, int64_t end) {
     for (int64_t s = 0; s < length_at(here); ++s) op.expand(begin, s, tiles + s * TILE_BYTES);
     for (int64_t side = 0; here.block < end; side ^= 1) {
         const Place there = next(here), far = there.block < end ? next(there) : there;
-        const int64_t length = length_at(here), slots = pairs * length;
+        const int64_t length = length_at(here), slots = pairs * length, first = first_of(here);
         const int64_t coming = there.block < end ? length_at(there) : 0;
         const int64_t fetching = far.block < end ? length_at(far) : 0;
         char* const to = tiles + (side ^ 1) * 2 * STRETCH * TILE_BYTES;
@@ -101,61 +97,72 @@ void run_blocks(const Op& op, int64_t begin, int64_t end) {
         auto meanwhile = [&] {
             ++slot;
             for (; fetched * slots < slot * fetching; ++fetched) op.fetch(far.block, far.step + fetched);
-            for (; expanded * slots < slot * coming; ++expanded) {
+            for (; expanded * slots < slot * coming; ++expanded)
                 op.expand(there.block, there.step + expanded, to + expanded * TILE_BYTES);
-            }
         };
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-            float* cell = sums + (pair * BLOCKS_AT_ONCE + (here.block - begin) % BLOCKS_AT_ONCE) * CELL;
-            op.multiply(pair, tiles + side * 2 * STRETCH * TILE_BYTES, here.step, length, cell, meanwhile);
-            if (here.step + length == steps) op.finish(pair, here.block, cell);
-        }
+        float* const cells = sums + (here.block - first) * pairs * CELL;
+        for (int64_t pair = 0; pair < pairs; ++pair)
+            op.multiply(low + pair, tiles + side * 2 * STRETCH * TILE_BYTES, here.step, length, cells + pair * CELL,
+                        meanwhile);
+        if (here.step + length == steps && here.block + 1 == std::min(first + BLOCKS_AT_ONCE, end))
+            for (int64_t pair = 0; pair < pairs; ++pair)
+                op.finish(low + pair, first, here.block + 1, sums + pair * CELL, pairs * CELL);
         here = there;
     }
 }
 
-// Packed rows lie stretch by stretch, in each the strips one after the other.
-inline int64_t rows_bytes(int64_t strips, int64_t steps) {
-    return divide_up(steps, STRETCH) * strips * STRETCH * TILE_BYTES;
+template <class Op>
+void run_blocks(const Op& op, int64_t begin, int64_t end) {
+    const TileRegisters registers;
+    const int64_t pairs = divide_up(op.rows, PAIR);
+    for (int64_t low = 0; low < pairs; low += Op::SUPER_PAIRS)
+        run_pairs(op, begin, end, low, std::min(Op::SUPER_PAIRS, pairs - low));
 }
 
-TANDEM_INLINE int64_t rows_place(int64_t strips, int64_t strip, int64_t step) {
-    return ((step / STRETCH * strips + strip) * STRETCH + step % STRETCH) * TILE_BYTES;
+// All blocks, by whichever thread is free.
+template <class Op>
+void run_all(const Op& op, int64_t blocks) {
+    const int64_t group = std::clamp<int64_t>(blocks / (2 * omp_get_max_threads()), 1, LARGEST_GROUP);
+    parallel_tasks(divide_up(blocks, group), [&](int64_t task) {
+        run_blocks(op, task * group, std::min(blocks, (task + 1) * group));
+    });
 }
 
-// Two left strips times two right ones, STRETCH tiles apart, in bfloat16. One left strip (`lefts` 1) or one right one
-// leaves the other's sums unspecified. `rows`: how many of the left strips' rows count.
-template <class Meanwhile>
-TANDEM_INLINE void multiply_wide(const char* lefts_at, int64_t lefts, int64_t rows, const char* rights_at,
-                                 int64_t rights, int64_t steps, bool adds, float* sums, const Meanwhile& meanwhile) {
-    const bf16* left = reinterpret_cast<const bf16*>(lefts_at);
-    const bf16* right = reinterpret_cast<const bf16*>(rights_at);
+// `L` left strips times `R` right ones, STRETCH tiles apart, in bfloat16; sums are a cell's. `rows`: how many of the
+// left strips' rows count.
+template <int L, int R, class Meanwhile>
+TANDEM_INLINE void multiply_strips(const bf16* left, int64_t rows, const bf16* right, int64_t steps, bool adds,
+                                   float* sums, const Meanwhile& meanwhile) {
 #if defined(TANDEM_AMX)
     (void)rows;
+    constexpr int used[4] = {1, R == 2, L == 2, L == 2 && R == 2};
     unrolled<4>([&](auto i) {
-        if (adds) tile_load<i>(sums + i * TILE_OUT);
+        if constexpr (!used[i]) return;
+        else if (adds) tile_load<i>(sums + i * TILE_OUT);
         else tile_zero<i>();
     });
     for (int64_t s = 0; s < steps; ++s, left += TILE, right += TILE) {
         tile_load<4>(left);
         tile_load<6>(right);
         tile_multiply<0, 4, 6>();
-        if (rights == 2) {
+        if constexpr (R == 2) {
             tile_load<7>(right + STRETCH * TILE);
             tile_multiply<1, 4, 7>();
         }
-        if (lefts == 2) {
+        if constexpr (L == 2) {
             tile_load<5>(left + STRETCH * TILE);
             tile_multiply<2, 5, 6>();
-            if (rights == 2) tile_multiply<3, 5, 7>();
+            if constexpr (R == 2) tile_multiply<3, 5, 7>();
         }
         meanwhile();
     }
-    unrolled<4>([&](auto i) { tile_store<i>(sums + i * TILE_OUT); });
+    unrolled<4>([&](auto i) {
+        if constexpr (used[i]) tile_store<i>(sums + i * TILE_OUT);
+    });
 #else
     for (int64_t s = 0; s < steps; ++s) meanwhile();
-    for (int64_t i = 0; i < lefts; ++i)
-        for (int64_t j = 0; j < rights; ++j)
+    for (int64_t i = 0; i < L; ++i)
+        for (int64_t j = 0; j < R; ++j)
             multiply_tiles<1, 1>(left + i * STRETCH * TILE, 0, right + j * STRETCH * TILE, 0, steps,
                                  sums + (2 * i + j) * TILE_OUT, adds, rows - i * TILE_ROWS, {});
 #endif
@@ -203,6 +210,18 @@ TANDEM_INLINE void widen_row(__m128i first, __m128i second, const __m512* twice,
 }
 #endif
 
+#if defined(TANDEM_AVX512)
+// Where the codes of two rows go: a float32 of exponent 15 whose second byte is a code is 32768 + code.
+struct CodeLanes {
+    alignas(64) uint8_t at[4][64];
+
+    constexpr CodeLanes() : at() {
+        for (int part = 0; part < 4; ++part)
+            for (int lane = 0; lane < 16; ++lane) at[part][4 * lane + 1] = static_cast<uint8_t>(16 * part + lane);
+    }
+};
+#endif
+
 // One step of int8 codes as two right tiles, `apart` bytes from each other. With FAR, the codes so many bytes further
 // on are brought nearer, line by line: more than a few at once would hold up the loads after them.
 template <int64_t FAR = 0>
@@ -210,16 +229,32 @@ TANDEM_INLINE void expand_int8(const uint8_t* codes, const Scales& scales, char*
     for (int half = 0; half < 2; ++half) {
         bf16* tile = reinterpret_cast<bf16*>(to + half * apart);
 #if defined(TANDEM_AVX512)
-#pragma GCC unroll 4
-        for (int64_t p = 0; p < 16; ++p) {
-            const __m128i* row = reinterpret_cast<const __m128i*>(codes + half * 512 + p * 32);
-            if (FAR && p % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(row) + FAR, _MM_HINT_T0);
-            widen_row(_mm_loadu_si128(row), _mm_loadu_si128(row + 1), scales.twice + 2 * half, tile + p * 32);
+        static constexpr CodeLanes lanes;
+        const __m512i exponent = _mm512_set1_epi32(0x47000000);
+        const __m512 bias = _mm512_set1_ps(-(32768.0f + 128.0f));
+        const __m512 *scale = scales.twice + 2 * half, zero[2] = {_mm512_mul_ps(scale[0], bias),
+                                                                  _mm512_mul_ps(scale[1], bias)};
+#pragma GCC unroll 8
+        for (int64_t p = 0; p < 16; p += 2) {
+            const uint8_t* row = codes + half * 512 + p * 32;
+            if (FAR) _mm_prefetch(reinterpret_cast<const char*>(row) + FAR, _MM_HINT_T0);
+            const __m512i two = _mm512_loadu_si512(row);
+            __m512 values[4];
+            for (int part = 0; part < 4; ++part) {
+                const __m512i placed = _mm512_mask_permutexvar_epi8(exponent, 0x2222222222222222ull,
+                                                                    _mm512_load_si512(lanes.at[part]), two);
+                // Exact: a product of 17 and 8 bits, of which the same is taken away.
+                values[part] = _mm512_fmadd_ps(_mm512_castsi512_ps(placed), scale[part % 2], zero[part % 2]);
+            }
+            for (int r = 0; r < 2; ++r) {
+                const __m512bh both = _mm512_cvtne2ps_pbh(values[2 * r + 1], values[2 * r]);
+                _mm512_storeu_si512(tile + (p + r) * 32, (__m512i)both);
+            }
         }
 #else
         for (int64_t p = 0; p < 16; ++p)
             for (int64_t i = 0; i < 32; ++i) {
-                const int8_t code = static_cast<int8_t>(codes[half * 512 + p * 32 + i]);
+                const int code = codes[half * 512 + p * 32 + i] - 128;
                 tile[p * 32 + i] = to_bf16(static_cast<float>(code) * scales.once[half * 16 + i / 2]);
             }
 #endif
@@ -236,12 +271,13 @@ inline Scratch& activations() {
 // A "block" of the loop is such a step, its "steps" are the weight's blocks.
 template <class Format>
 struct Backward {
+    static constexpr int64_t SUPER_PAIRS = 8;
     const uint8_t* weight;
-    const char* strips;  // the gradient of y as right strips
+    Strips strips;  // the gradient of y as right strips
     bf16* gx;
     int64_t rows, inputs, steps, stride;
+    LoraBackward lora;
 
-    int64_t num_strips() const { return divide_up(rows, TILE_COLUMNS); }
     const uint8_t* block(int64_t index) const { return weight + index * Format::block_bytes(inputs); }
 
     void expand(int64_t unit, int64_t index, char* to) const {
@@ -256,67 +292,68 @@ struct Backward {
     template <class Meanwhile>
     void multiply(int64_t pair, const char* tiles, int64_t step, int64_t length, float* sums,
                   const Meanwhile& meanwhile) const {
-        const int64_t rights = rows - pair * PAIR > TILE_COLUMNS ? 2 : 1;
-        multiply_wide(tiles, 2, PAIR, strips + rows_place(num_strips(), 2 * pair, step), rights, length, step > 0, sums,
-                      meanwhile);
+        const bf16 *left = reinterpret_cast<const bf16*>(tiles), *right = strips.at(2 * pair, step);
+        if (rows - pair * PAIR > TILE_COLUMNS) {
+            multiply_strips<2, 2>(left, PAIR, right, length, step > 0, sums, meanwhile);
+        } else {
+            multiply_strips<2, 1>(left, PAIR, right, length, step > 0, sums, meanwhile);
+        }
     }
 
-    void finish(int64_t pair, int64_t unit, const float* sums) const {
-        alignas(64) float turned[TILE_OUT];
-        for (int64_t i = 0; i < 2; ++i) {
-            const int64_t input = unit * TILE_TERMS + i * TILE_ROWS;
-            if (input >= inputs) return;
-            for (int64_t j = 0; j < 2; ++j) {
-                const int64_t row = pair * PAIR + j * TILE_COLUMNS, last = std::min(rows - row, TILE_COLUMNS);
-                if (last <= 0) continue;
-                transpose_lanes(sums + (2 * i + j) * TILE_OUT, turned);
-                for (int64_t r = 0; r < last; ++r) {
-                    store_row(gx + (row + r) * stride + input, turned + 16 * r, inputs - input);
+    void finish(int64_t pair, int64_t begin, int64_t end, float* sums, int64_t apart) const {
+        const int64_t row = pair * PAIR, strips_here = divide_up(std::min(PAIR, rows - row), TILE_COLUMNS);
+        for (int64_t unit = begin; unit < end; ++unit)
+            lora.add(unit, 2 * pair, strips_here, sums + (unit - begin) * apart, 2 * TILE_OUT);
+        for (int64_t j = 0; j < strips_here; ++j) {
+            alignas(64) float turned[BLOCKS_AT_ONCE][2][TILE_OUT];
+            for (int64_t unit = begin; unit < end; ++unit)
+                for (int64_t i = 0; i < 2; ++i)
+                    transpose_lanes(sums + (unit - begin) * apart + (2 * i + j) * TILE_OUT, turned[unit - begin][i]);
+            const int64_t first = row + j * TILE_COLUMNS;
+            for (int64_t r = 0; r < std::min(TILE_COLUMNS, rows - first); ++r)
+                for (int64_t unit = begin; unit < end; ++unit) {
+                    const float(*of_unit)[TILE_OUT] = turned[unit - begin];
+                    const int64_t input = unit * TILE_TERMS;
+                    store_rows(gx + (first + r) * stride + input, of_unit[0] + 16 * r, of_unit[1] + 16 * r,
+                               inputs - input);
                 }
-            }
         }
     }
 };
 
 template <class Format>
 void run_backward(const bf16* gy, int64_t gy_stride, int64_t m, int64_t n, const uint8_t* weight, int64_t k, bf16* gx,
-                  int64_t gx_stride) {
-    const int64_t steps = divide_up(n, OUTPUTS);
-    for (int64_t row = 0; row < m; row += MOST_ROWS) {
-        const int64_t rows = std::min(MOST_ROWS, m - row), strips = divide_up(rows, TILE_COLUMNS);
-        const bf16* from = gy + row * gy_stride;
-        char* packed = activations().take(rows_bytes(strips, steps));
-        parallel_ranges(strips * steps, 256, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-                const int64_t strip = i % strips, step = i / strips;
-                pack_right(from + strip * TILE_COLUMNS * gy_stride + step * TILE_TERMS, gy_stride,
-                           rows - strip * TILE_COLUMNS, n - step * TILE_TERMS,
-                           reinterpret_cast<bf16*>(packed + rows_place(strips, strip, step)));
-            }
-        });
-        const Backward<Format> op{weight, packed, gx + row * gx_stride, rows, k, steps, gx_stride};
-        parallel_ranges(divide_up(k, TILE_TERMS), 1, [&](int64_t begin, int64_t end) { run_blocks(op, begin, end); });
-    }
+                  int64_t gx_stride, const Lora& lora, bf16* gh) {
+    if (m == 0) return;
+    Strips strips{nullptr, m, divide_up(n, OUTPUTS), STRETCH};
+    bf16* packed = reinterpret_cast<bf16*>(activations().take(strips.bytes()));
+    strips.tiles = packed;
+    pack_rows<true>(gy, gy_stride, n, strips, packed);
+    const Backward<Format> op{weight, strips, gx, m, k, strips.steps, gx_stride, LoraBackward(lora, strips, k, gh)};
+    run_all(op, divide_up(k, TILE_TERMS));
 }
 
-// Rows of a cell's sums, times the outputs' scales and plus bias (each may be null), to y.
-inline void store_cell(const float* sums, int64_t rows, int64_t outputs, const float* scales, const bf16* bias, bf16* y,
-                       int64_t stride) {
-    for (int64_t j = 0; j < 2 && j * TILE_COLUMNS < outputs; ++j) {
-        const int64_t column = j * TILE_COLUMNS, count = std::min(TILE_COLUMNS, outputs - column);
-        for (int64_t r = 0; r < rows; ++r) {
-            const float* from = sums + (r / TILE_ROWS * 2 + j) * TILE_OUT + r % TILE_ROWS * 16;
-            alignas(64) float changed[16];
-            if (scales || bias) {
-                for (int64_t c = 0; c < count; ++c) {
-                    const float scaled = scales ? from[c] * scales[column + c] : from[c];
-                    changed[c] = bias ? scaled + to_float(bias[column + c]) : scaled;
-                }
-                from = changed;
-            }
-            store_row(y + r * stride + column, from, count);
+// Sums of blocks [begin, end) for a pair of rows' strips, plus what LoRA adds, plus bias (may be null), to y.
+inline void store_outputs(float* sums, int64_t apart, int64_t pair, int64_t begin, int64_t end, int64_t rows,
+                          int64_t outputs, const LoraForward& lora, const bf16* bias, bf16* y, int64_t stride) {
+    const int64_t first = pair * PAIR, count = std::min(PAIR, rows - first);
+    for (int64_t block = begin; block < end; ++block) {
+        float* cell = sums + (block - begin) * apart;
+        for (int64_t j = 0; j < 2; ++j)
+            lora.add(2 * pair, divide_up(count, TILE_ROWS), 2 * block + j, cell + j * TILE_OUT, 2 * TILE_OUT);
+        if (!bias) continue;
+        for (int64_t c = 0; c < std::min(OUTPUTS, outputs - block * OUTPUTS); ++c) {
+            const float value = to_float(bias[block * OUTPUTS + c]);
+            float* at = cell + c / TILE_COLUMNS * TILE_OUT + c % TILE_COLUMNS;
+            for (int64_t r = 0; r < count; ++r) at[r / TILE_ROWS * 2 * TILE_OUT + r % TILE_ROWS * 16] += value;
         }
     }
+    for (int64_t r = 0; r < count; ++r)
+        for (int64_t block = begin; block < end; ++block) {
+            const float* from = sums + (block - begin) * apart + r / TILE_ROWS * 2 * TILE_OUT + r % TILE_ROWS * 16;
+            bf16* to = y + (first + r) * stride + block * OUTPUTS;
+            store_rows(to, from, from + TILE_OUT, outputs - block * OUTPUTS);
+        }
 }
 
 // A packed weight as rows of bfloat16.

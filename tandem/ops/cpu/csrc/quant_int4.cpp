@@ -133,15 +133,16 @@ TANDEM_INLINE void add_scaled(const int32_t* whole, const float* scales, int64_t
 }
 
 struct Forward4 {
+    static constexpr int64_t SUPER_PAIRS = 16;
     const uint8_t* weight;
-    const char* strips;   // x as left strips of int8
+    Strips strips;        // x as left strips of int8
     const float* scales;  // of the rows, span by span, each `padded` of them
     const bf16* bias;
     bf16* y;
     int64_t rows, padded, inputs, outputs, steps, stride;
+    LoraForward lora;
 
     const uint8_t* block(int64_t index) const { return weight + index * Int4::block_bytes(inputs); }
-    int64_t num_strips() const { return divide_up(rows, TILE_ROWS); }
 
     void expand(int64_t index, int64_t step, char* to) const {
         expand_int4(Int4::step(block(index), step), to, STRETCH * TILE_BYTES);
@@ -154,7 +155,7 @@ struct Forward4 {
     void multiply(int64_t pair, const char* right, int64_t step, int64_t length, float* sums,
                   const Meanwhile& meanwhile) const {
         const int64_t count = std::min(PAIR, rows - pair * PAIR);
-        const char* left = strips + rows_place(num_strips(), 2 * pair, step);
+        const char* left = reinterpret_cast<const char*>(strips.at(2 * pair, step));
         alignas(64) int32_t whole[CELL];
 #if defined(TANDEM_AMX)
         unrolled<4>([&](auto i) { tile_zero<i>(); });
@@ -191,10 +192,15 @@ struct Forward4 {
                            std::min(TILE_ROWS, count - i * TILE_ROWS), step >= STRETCH, sums + (2 * i + j) * TILE_OUT);
     }
 
-    void finish(int64_t pair, int64_t index, const float* sums) const {
-        const int64_t row = pair * PAIR, column = index * OUTPUTS;
-        store_cell(sums, std::min(PAIR, rows - row), outputs - column, reinterpret_cast<const float*>(block(index)),
-                   bias ? bias + column : nullptr, y + row * stride + column, stride);
+    void finish(int64_t pair, int64_t begin, int64_t end, float* sums, int64_t apart) const {
+        for (int64_t index = begin; index < end; ++index) {
+            const float* of_outputs = reinterpret_cast<const float*>(block(index));
+            float* cell = sums + (index - begin) * apart;
+            for (int64_t r = 0; r < std::min(PAIR, rows - pair * PAIR); ++r)
+                for (int64_t c = 0; c < OUTPUTS; ++c)
+                    cell[(r / TILE_ROWS * 2 + c / 16) * TILE_OUT + r % TILE_ROWS * 16 + c % 16] *= of_outputs[c];
+        }
+        store_outputs(sums, apart, pair, begin, end, rows, outputs, lora, bias, y, stride);
     }
 
 #if defined(TANDEM_AMX)
@@ -203,33 +209,34 @@ struct Forward4 {
         const TileRegisters registers;
         alignas(64) float sums[CELL];
         for (int64_t index = begin; index < end; ++index) {
-            if (rows > TILE_ROWS) stream_block<true>(index, sums);
-            else stream_block<false>(index, sums);
-            finish(0, index, sums);
+            if (rows > TILE_ROWS) stream_block<2>(index, sums);
+            else stream_block<1>(index, sums);
+            finish(0, index, index + 1, sums, 0);
         }
     }
 
-    template <bool BOTH>
+    template <int L>
     void stream_block(int64_t index, float* sums) const {
         constexpr int64_t RING = 4, BEHIND = 2, FAR = 4 * Int4::step_bytes;
         alignas(64) char ring[RING][2 * TILE_BYTES];
         alignas(64) int32_t whole[CELL];
         const uint8_t* at = Int4::step(block(index), 0);
         auto product = [&](int64_t s) {
-            if (s % STRETCH == 0) unrolled<BOTH ? 4 : 2>([&](auto i) { tile_zero<i>(); });
+            if (s % STRETCH == 0) unrolled<2 * L>([&](auto i) { tile_zero<i>(); });
             const char* right = ring[s % RING];
-            tile_load<4>(strips + rows_place(BOTH ? 2 : 1, 0, s));
+            const bf16* left = strips.tiles + (s / STRETCH * L * STRETCH + s % STRETCH) * TILE;
+            tile_load<4>(left);
             tile_load<6>(right);
             tile_multiply_int8<0, 4, 6>();
             tile_load<7>(right + TILE_BYTES);
             tile_multiply_int8<1, 4, 7>();
-            if constexpr (BOTH) {
-                tile_load<5>(strips + rows_place(2, 1, s));
+            if constexpr (L == 2) {
+                tile_load<5>(left + STRETCH * TILE);
                 tile_multiply_int8<2, 5, 6>();
                 tile_multiply_int8<3, 5, 7>();
             }
             if ((s + 1) % STRETCH == 0 || s + 1 == steps) {
-                unrolled<BOTH ? 4 : 2>([&](auto i) { tile_store<i>(whole + i * TILE_OUT); });
+                unrolled<2 * L>([&](auto i) { tile_store<i>(whole + i * TILE_OUT); });
                 scale_cell(whole, 0, s / STRETCH * STRETCH, rows, sums);
             }
         };
@@ -252,33 +259,38 @@ float round_span(const bf16* x, int64_t count, int8_t* to, int64_t apart) {
     return most < 1e-30f ? 0.0f : most / 127.0f;
 }
 
-struct PackedRows {
-    const char* strips;
-    const float* scales;
-    int64_t padded;
-};
-
 Scratch& row_scales() {
     static thread_local Scratch mine;
     return mine;
 }
 
-PackedRows pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t terms, int64_t steps) {
-    const int64_t strips = divide_up(rows, TILE_ROWS), spans = divide_up(steps, STRETCH), padded = strips * TILE_ROWS;
-    char* packed = activations().take(rows_bytes(strips, steps));
+Scratch& codes_of_rows() {
+    static thread_local Scratch mine;
+    return mine;
+}
+
+// x as left strips of int8, and the scales of each span of all rows.
+const float* round_rows(const bf16* x, int64_t stride, int64_t terms, Strips& strips) {
+    const int64_t spans = divide_up(strips.steps, STRETCH), padded = strips.count() * TILE_ROWS;
+    char* packed = codes_of_rows().take(strips.bytes());
+    strips.tiles = reinterpret_cast<const bf16*>(packed);
     float* scales = reinterpret_cast<float*>(row_scales().take(spans * padded * sizeof(float)));
     parallel_ranges(spans * padded, 64, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t span = i / padded, row = i % padded, term = span * SPAN;
-            char* to = packed + rows_place(strips, row / TILE_ROWS, span * STRETCH) + row % TILE_ROWS * STEP;
-            const int64_t count = row < rows ? std::min(SPAN, terms - term) : 0;
+            char* to = packed + strips.place(row / TILE_ROWS, span * STRETCH) * 2 + row % TILE_ROWS * STEP;
+            const int64_t count = row < strips.rows ? std::min(SPAN, terms - term) : 0;
             scales[i] = round_span(x + row * stride + term, count, reinterpret_cast<int8_t*>(to), TILE_BYTES);
         }
     });
-    return {packed, scales, padded};
+    return scales;
 }
 
 struct Turned4 {
+    static void fetch(const uint8_t* block, int64_t part) {
+        quant::fetch(Int4::step(block, part / 2), Int4::step_bytes);
+    }
+
     static int64_t block_bytes(int64_t inputs) { return Int4::block_bytes(inputs); }
 
     // Half a step, 32 inputs, as two right tiles of bfloat16.
@@ -311,9 +323,6 @@ struct Turned4 {
         }
     }
 
-    static void fetch(const uint8_t* block, int64_t part) {
-        quant::fetch(Int4::step(block, part / 2), Int4::step_bytes);
-    }
 };
 
 struct Group {
@@ -396,28 +405,40 @@ void pack_block(const bf16* weight, int64_t stride, int64_t rows, int64_t inputs
 using namespace tandem;
 using namespace tandem::quant;
 
-// y [m, n] = x [m, k] @ weight.T + bias (bfloat16 [n] or null); strides in elements.
+// y [m, n] = x [m, k] @ weight.T + bias (bfloat16 [n] or null) + what the parts add; strides in elements. `h` ([parts,
+// m, rank], may be null) receives x a^T, of x as it is.
 TANDEM_EXPORT void tandem_int4_forward(const bf16* x, int64_t x_stride, int64_t m, int64_t k, const uint8_t* weight,
-                                       int64_t n, const bf16* bias, bf16* y, int64_t y_stride) {
-    const int64_t steps = Int4::steps(k), blocks = divide_up(n, OUTPUTS);
-    for (int64_t row = 0; row < m; row += MOST_ROWS) {
-        const int64_t rows = std::min(MOST_ROWS, m - row);
-        const PackedRows packed = pack_rows(x + row * x_stride, x_stride, rows, k, steps);
-        const Forward4 op{weight, packed.strips, packed.scales, bias, y + row * y_stride, rows, packed.padded, k, n,
-                          steps, y_stride};
-        parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) {
-#if defined(TANDEM_AMX)
-            if (rows <= PAIR) return op.stream(begin, end);
-#endif
-            run_blocks(op, begin, end);
-        });
+                                       int64_t n, const bf16* bias, bf16* y, int64_t y_stride, const void* parts,
+                                       int64_t num_parts, int64_t rank, const uint8_t* foreign,
+                                       int64_t foreign_stride, bf16* h) {
+    if (m == 0) return;
+    const Lora lora{static_cast<const LoraPart*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
+    Strips whole{nullptr, m, divide_up(k, TILE_TERMS), STRETCH};
+    if (lora.num_parts) {
+        bf16* packed = reinterpret_cast<bf16*>(activations().take(whole.bytes()));
+        whole.tiles = packed;
+        pack_rows<false>(x, x_stride, k, whole, packed);
     }
+    Strips strips{nullptr, m, Int4::steps(k), STRETCH};
+    const float* scales = round_rows(x, x_stride, k, strips);
+    const Forward4 op{weight, strips, scales, bias, y, m, strips.count() * TILE_ROWS, k, n, strips.steps, y_stride,
+                      LoraForward(lora, whole, k, h)};
+#if defined(TANDEM_AMX)
+    if (m <= PAIR) {
+        parallel_ranges(divide_up(n, OUTPUTS), 1, [&](int64_t begin, int64_t end) { op.stream(begin, end); });
+        return;
+    }
+#endif
+    run_all(op, divide_up(n, OUTPUTS));
 }
 
-// gx [m, k] = gy [m, n] @ weight.
+// gx [m, k] = gy [m, n] @ weight + what the parts add; `gh` ([parts, m, rank], may be null) receives the gradient of
+// h = x a^T.
 TANDEM_EXPORT void tandem_int4_backward(const bf16* gy, int64_t gy_stride, int64_t m, int64_t n, const uint8_t* weight,
-                                        int64_t k, bf16* gx, int64_t gx_stride) {
-    run_backward<Turned4>(gy, gy_stride, m, n, weight, k, gx, gx_stride);
+                                        int64_t k, bf16* gx, int64_t gx_stride, const void* parts, int64_t num_parts,
+                                        int64_t rank, const uint8_t* foreign, int64_t foreign_stride, bf16* gh) {
+    const Lora lora{static_cast<const LoraPart*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
+    run_backward<Turned4>(gy, gy_stride, m, n, weight, k, gx, gx_stride, lora, gh);
 }
 
 // The bytes of weight [n, k].

@@ -12,11 +12,13 @@ namespace quant {
 namespace {
 
 struct Forward8 {
+    static constexpr int64_t SUPER_PAIRS = 16;
     const uint8_t* weight;
-    const char* strips;  // x as left strips
+    Strips strips;  // x as left strips
     const bf16* bias;
     bf16* y;
     int64_t rows, inputs, outputs, steps, stride;
+    LoraForward lora;
 
     const uint8_t* block(int64_t index) const { return weight + index * Int8::block_bytes(inputs); }
 
@@ -30,15 +32,17 @@ struct Forward8 {
     template <class Meanwhile>
     void multiply(int64_t pair, const char* tiles, int64_t step, int64_t length, float* sums,
                   const Meanwhile& meanwhile) const {
-        const int64_t count = std::min(PAIR, rows - pair * PAIR);
-        multiply_wide(strips + rows_place(divide_up(rows, TILE_ROWS), 2 * pair, step), count > TILE_ROWS ? 2 : 1, count,
-                      tiles, 2, length, step > 0, sums, meanwhile);
+        const bf16 *left = strips.at(2 * pair, step), *right = reinterpret_cast<const bf16*>(tiles);
+        const int64_t count = rows - pair * PAIR;
+        if (count > TILE_ROWS) {
+            multiply_strips<2, 2>(left, count, right, length, step > 0, sums, meanwhile);
+        } else {
+            multiply_strips<1, 2>(left, count, right, length, step > 0, sums, meanwhile);
+        }
     }
 
-    void finish(int64_t pair, int64_t index, const float* sums) const {
-        const int64_t row = pair * PAIR, column = index * OUTPUTS;
-        store_cell(sums, std::min(PAIR, rows - row), outputs - column, nullptr, bias ? bias + column : nullptr,
-                   y + row * stride + column, stride);
+    void finish(int64_t pair, int64_t begin, int64_t end, float* sums, int64_t apart) const {
+        store_outputs(sums, apart, pair, begin, end, rows, outputs, lora, bias, y, stride);
     }
 
 #if defined(TANDEM_AMX)
@@ -47,27 +51,28 @@ struct Forward8 {
         const TileRegisters registers;
         alignas(64) float sums[CELL];
         for (int64_t index = begin; index < end; ++index) {
-            if (rows > TILE_ROWS) stream_block<true>(index, sums);
-            else stream_block<false>(index, sums);
-            finish(0, index, sums);
+            if (rows > TILE_ROWS) stream_block<2>(index, sums);
+            else stream_block<1>(index, sums);
+            finish(0, index, index + 1, sums, 0);
         }
     }
 
-    template <bool BOTH>
+    template <int L>
     void stream_block(int64_t index, float* sums) const {
         constexpr int64_t RING = 4, BEHIND = 2, FAR = 2 * Int8::group_bytes;
         alignas(64) char ring[RING][2 * TILE_BYTES];
         const uint8_t* group = block(index);
-        unrolled<BOTH ? 4 : 2>([&](auto i) { tile_zero<i>(); });
+        unrolled<2 * L>([&](auto i) { tile_zero<i>(); });
         auto product = [&](int64_t s) {
+            const bf16* left = strips.tiles + (s / STRETCH * L * STRETCH + s % STRETCH) * TILE;
             const char* right = ring[s % RING];
-            tile_load<4>(strips + rows_place(BOTH ? 2 : 1, 0, s));
+            tile_load<4>(left);
             tile_load<6>(right);
             tile_multiply<0, 4, 6>();
             tile_load<7>(right + TILE_BYTES);
             tile_multiply<1, 4, 7>();
-            if constexpr (BOTH) {
-                tile_load<5>(strips + rows_place(2, 1, s));
+            if constexpr (L == 2) {
+                tile_load<5>(left + STRETCH * TILE);
                 tile_multiply<2, 5, 6>();
                 tile_multiply<3, 5, 7>();
             }
@@ -78,27 +83,13 @@ struct Forward8 {
             if (s >= BEHIND) product(s - BEHIND);
             expand_int8<FAR>(group + 64, scales, ring[s % RING], TILE_BYTES);
             if (s >= BEHIND) product(s + 1 - BEHIND);
-            expand_int8<FAR>(group + 64 + 1024, scales, ring[(s + 1) % RING], TILE_BYTES);
+            if (s + 1 < steps) expand_int8<FAR>(group + 64 + 1024, scales, ring[(s + 1) % RING], TILE_BYTES);
         }
-        for (int64_t s = std::max<int64_t>(0, steps - BEHIND); s < steps; ++s) product(s);
-        unrolled<BOTH ? 4 : 2>([&](auto i) { tile_store<i>(sums + i * TILE_OUT); });
+        for (int64_t s = (steps - 1) / 2 * 2; s < steps; ++s) product(s);
+        unrolled<2 * L>([&](auto i) { tile_store<i>(sums + i * TILE_OUT); });
     }
 #endif
 };
-
-// x as left strips of `steps` tiles.
-const char* pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t terms, int64_t steps) {
-    const int64_t strips = divide_up(rows, TILE_ROWS);
-    char* packed = activations().take(rows_bytes(strips, steps));
-    parallel_ranges(strips * steps, 512, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = i % strips * TILE_ROWS, step = i / strips, term = step * TILE_TERMS;
-            pack_left(x + row * stride + term, stride, rows - row, terms - term,
-                      reinterpret_cast<bf16*>(packed + rows_place(strips, i % strips, step)));
-        }
-    });
-    return packed;
-}
 
 // The smallest bfloat16 that is not below a positive x.
 bf16 round_up(float x) {
@@ -109,14 +100,14 @@ bf16 round_up(float x) {
 
 // A group of up to 64 inputs of 32 rows of the weight, those that do not exist being 0.
 void quantise_group(const bf16* weight, int64_t stride, int64_t rows, int64_t inputs, uint8_t* to) {
-    alignas(64) int8_t codes[OUTPUTS][64];
+    alignas(64) uint8_t codes[OUTPUTS][64];
     for (int64_t o = 0; o < OUTPUTS; ++o) {
         alignas(64) float values[64] = {};
         if (o < rows)
             for (int64_t i = 0; i < inputs; ++i) values[i] = to_float(weight[o * stride + i]);
         const bf16 scale = round_up((o < rows ? largest(weight + o * stride, inputs) : 0.0f) / 127);
         const float divisor = scale.bits ? to_float(scale) : 1;
-        for (int64_t i = 0; i < 64; ++i) codes[o][i] = static_cast<int8_t>(std::nearbyint(values[i] / divisor));
+        for (int64_t i = 0; i < 64; ++i) codes[o][i] = static_cast<uint8_t>(std::nearbyint(values[i] / divisor) + 128);
         reinterpret_cast<bf16*>(to)[o] = scale;
     }
     uint8_t* at = to + 64;
@@ -129,11 +120,11 @@ void quantise_group(const bf16* weight, int64_t stride, int64_t rows, int64_t in
 }
 
 struct Turned8 {
+    static void fetch(const uint8_t* block, int64_t step) { quant::fetch(Int8::codes(block, step), 1024); }
     static int64_t block_bytes(int64_t inputs) { return Int8::block_bytes(inputs); }
     static void expand(const uint8_t* block, int64_t step, char* to) {
         expand_int8(Int8::codes(block, step), Scales(Int8::scales(block, step)), to, TILE_BYTES);
     }
-    static void fetch(const uint8_t* block, int64_t step) { quant::fetch(Int8::codes(block, step), 1024); }
 };
 
 }  // namespace
@@ -143,27 +134,35 @@ struct Turned8 {
 using namespace tandem;
 using namespace tandem::quant;
 
-// y [m, n] = x [m, k] @ weight.T + bias (bfloat16 [n] or null); strides in elements.
+// y [m, n] = x [m, k] @ weight.T + bias (bfloat16 [n] or null) + what the parts add; strides in elements. `h` ([parts,
+// m, rank], may be null) receives x a^T.
 TANDEM_EXPORT void tandem_int8_forward(const bf16* x, int64_t x_stride, int64_t m, int64_t k, const uint8_t* weight,
-                                       int64_t n, const bf16* bias, bf16* y, int64_t y_stride) {
-    const int64_t steps = Int8::steps(k), blocks = divide_up(n, OUTPUTS);
-    for (int64_t row = 0; row < m; row += MOST_ROWS) {
-        const int64_t rows = std::min(MOST_ROWS, m - row);
-        Forward8 op{weight, nullptr, bias, y + row * y_stride, rows, k, n, steps, y_stride};
-        op.strips = pack_rows(x + row * x_stride, x_stride, rows, k, steps);
-        parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) {
+                                       int64_t n, const bf16* bias, bf16* y, int64_t y_stride, const void* parts,
+                                       int64_t num_parts, int64_t rank, const uint8_t* foreign,
+                                       int64_t foreign_stride, bf16* h) {
+    if (m == 0) return;
+    Strips strips{nullptr, m, Int8::steps(k), STRETCH};
+    bf16* packed = reinterpret_cast<bf16*>(activations().take(strips.bytes()));
+    strips.tiles = packed;
+    pack_rows<false>(x, x_stride, k, strips, packed);
+    const Lora lora{static_cast<const LoraPart*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
+    const Forward8 op{weight, strips, bias, y, m, k, n, strips.steps, y_stride, LoraForward(lora, strips, k, h)};
 #if defined(TANDEM_AMX)
-            if (rows <= PAIR) return op.stream(begin, end);
-#endif
-            run_blocks(op, begin, end);
-        });
+    if (m <= PAIR) {
+        parallel_ranges(divide_up(n, OUTPUTS), 1, [&](int64_t begin, int64_t end) { op.stream(begin, end); });
+        return;
     }
+#endif
+    run_all(op, divide_up(n, OUTPUTS));
 }
 
-// gx [m, k] = gy [m, n] @ weight.
+// gx [m, k] = gy [m, n] @ weight + what the parts add; `gh` ([parts, m, rank], may be null) receives the gradient of
+// h = x a^T.
 TANDEM_EXPORT void tandem_int8_backward(const bf16* gy, int64_t gy_stride, int64_t m, int64_t n, const uint8_t* weight,
-                                        int64_t k, bf16* gx, int64_t gx_stride) {
-    run_backward<Turned8>(gy, gy_stride, m, n, weight, k, gx, gx_stride);
+                                        int64_t k, bf16* gx, int64_t gx_stride, const void* parts, int64_t num_parts,
+                                        int64_t rank, const uint8_t* foreign, int64_t foreign_stride, bf16* gh) {
+    const Lora lora{static_cast<const LoraPart*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
+    run_backward<Turned8>(gy, gy_stride, m, n, weight, k, gx, gx_stride, lora, gh);
 }
 
 // The bytes of weight [n, k], with the codes that `quantise_int8` of ops/quant.py finds.
@@ -191,7 +190,7 @@ TANDEM_EXPORT void tandem_int8_rows(const uint8_t* packed, int64_t k, const int6
             const int64_t o = ids[row] % OUTPUTS;
             for (int64_t i = 0; i < k; ++i) {
                 const int64_t step = i / 32, at = o / 16 * 512 + i % 32 / 2 * 32 + o % 16 * 2 + i % 2;
-                const float code = static_cast<int8_t>(Int8::codes(block, step)[at]);
+                const float code = static_cast<float>(Int8::codes(block, step)[at] - 128);
                 rows[row * k + i] = to_bf16(code * to_float(Int8::scales(block, step)[o]));
             }
         }
