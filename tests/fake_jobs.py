@@ -6,6 +6,8 @@ import msgspec
 
 from tandem.config import JobsConfig
 from tandem.errors import Conflict, InvalidRequest, NotFound
+from tandem.finetune import graders
+from tandem.jobs.grading import Grade
 from tandem.jobs.records import AdapterRecord, Alias, Event, File, Job, new_id
 
 AUTO = dict.fromkeys(("n_epochs", "batch_size", "learning_rate_multiplier"), "auto")
@@ -101,6 +103,15 @@ class FakeJobs:
     async def checkpoints(self, job_id, after, limit):
         found = self.checkpoints_of.get(self._get("job", job_id).job_id, [])
         return self._page(found, [checkpoint.checkpoint_id for checkpoint in found], after, limit)
+
+    # ---- graders
+
+    def grader(self, raw):
+        return graders.parse(raw, "grader")
+
+    async def grade(self, grader, item, text):
+        graders.check_item(grader, item)
+        return Grade(0.5, {"half": 0.5})
 
     # ---- adapters
 

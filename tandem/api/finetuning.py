@@ -16,6 +16,7 @@ from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
+from tandem.api import graders
 from tandem.api.finetuning_schemas import (
     JobBody,
     checkpoint_object,
@@ -67,6 +68,7 @@ def router(serving: Serving, jobs: Jobs, config: JobsConfig) -> APIRouter:
     _add_files(routes, serving, jobs, config.max_file_bytes)
     _add_jobs(routes, jobs, config.organization)
     _add_progress(routes, jobs)
+    graders.add(routes, jobs)
     return routes
 
 

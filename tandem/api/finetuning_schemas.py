@@ -48,13 +48,8 @@ class Strict(BaseModel):
 
 Epochs = Literal["auto"] | Annotated[int, Field(ge=1, le=10_000)]
 BatchSize = Literal["auto"] | Annotated[int, Field(ge=1, le=65_536)]
+Count = Literal["auto"] | Annotated[int, Field(ge=1, le=INT32_MAX)]
 Multiplier = Literal["auto"] | Annotated[float, Field(gt=0, le=1e6)]
-
-
-REINFORCEMENT = (
-    "the method 'reinforcement' is not supported: write the loop yourself with rewards of your own (see "
-    "examples/rl_sorting.py), or use 'supervised' or 'dpo'"
-)
 
 
 class Hyperparameters(Strict):
@@ -75,30 +70,43 @@ class Preference(Strict):
     hyperparameters: PreferenceHyperparameters = PreferenceHyperparameters()
 
 
-def _no_reinforcement(kind: Any) -> Any:
-    if kind == "reinforcement":
-        raise ValueError(REINFORCEMENT)
-    return kind
+def _no_effort(effort: Any) -> Any:
+    if effort != "default":
+        raise ValueError("models here have no reasoning effort to choose: leave it out, or send 'default'")
+    return effort
+
+
+class ReinforcementHyperparameters(Hyperparameters):
+    compute_multiplier: Multiplier = "auto"
+    eval_interval: Count = "auto"
+    eval_samples: Count = "auto"
+    reasoning_effort: Annotated[str, BeforeValidator(_no_effort)] = "default"
+
+
+class Reinforcement(Strict):
+    """What a grader may say is known in `finetune/graders.py`."""
+
+    grader: dict[str, Any] | None = None
+    hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
 
 
 class Method(Strict):
-    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_no_reinforcement)]
+    type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised = Supervised()
     dpo: Preference = Preference()
-
-    @classmethod
-    def hint(cls, name: str) -> str:
-        return f": {REINFORCEMENT}" if name == "reinforcement" else super().hint(name)
+    reinforcement: Reinforcement = Reinforcement()
 
     @model_validator(mode="after")
     def _one(self) -> Method:
-        for other in ({"supervised", "dpo"} - {self.type}) & self.model_fields_set:
-            raise InvalidRequest(f"method.type is {self.type}: remove method.{other}", other)
+        for other in ("supervised", "dpo", "reinforcement"):
+            if other != self.type and other in self.model_fields_set:
+                raise InvalidRequest(f"method.type is {self.type}: remove method.{other}", other)
         return self
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        return self.dpo.hyperparameters if self.type == "dpo" else self.supervised.hyperparameters
+        chosen: Supervised | Preference | Reinforcement = getattr(self, self.type)
+        return chosen.hyperparameters
 
 
 def _as_list(targets: Any) -> Any:
@@ -134,6 +142,9 @@ class Tandem(Strict):
     validate_every: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     format: Annotated[str, AfterValidator(_is_format)] | None = None
     optimizer: Literal["adamw", "adamw8bit", "sgd", "lion", "adafactor", "muon", "mezo"] | None = None
+    group_size: Annotated[int, Field(ge=2, le=1024)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    loss: Literal["ppo", "importance_sampling", "cispo", "gspo", "dro"] | None = None
 
     def to_record(self) -> TandemExtras:
         given = {name: getattr(self, name) for name in self.model_fields_set}
@@ -183,6 +194,9 @@ class JobBody(Strict):
             return ": put it into method.supervised.hyperparameters"
         if name == "beta":
             return ": put it into method.dpo.hyperparameters"
+        if name == "grader" or name in ReinforcementHyperparameters.model_fields:
+            within = "method.reinforcement" + ("" if name == "grader" else ".hyperparameters")
+            return f": put it into {within}"
         return super().hint(name)
 
     @model_validator(mode="after")
@@ -210,7 +224,26 @@ class JobBody(Strict):
             method=self.method.type if self.method else "supervised",
             beta=inner.beta if isinstance(inner, PreferenceHyperparameters) else "auto",
             tandem=self.tandem.to_record(),
+            **(_exploring(self.method.reinforcement) if self.method else {}),
         )
+
+
+def _exploring(method: Reinforcement) -> dict[str, Any]:
+    names = ("compute_multiplier", "eval_interval", "eval_samples")
+    return {"grader": method.grader, **{name: getattr(method.hyperparameters, name) for name in names}}
+
+
+class GraderBody(Strict):
+    """POST /v1/fine_tuning/alpha/graders/validate."""
+
+    grader: dict[str, Any]
+
+
+class GraderRunBody(GraderBody):
+    """POST /v1/fine_tuning/alpha/graders/run."""
+
+    model_sample: str
+    item: dict[str, Any] = {}
 
 
 AdapterName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -269,7 +302,7 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
         "hyperparameters": job.hyperparameters,
         "integrations": [],
         "metadata": job.metadata,
-        "method": {"type": job.method, job.method: {"hyperparameters": job.hyperparameters}},
+        "method": {"type": job.method, job.method: _method(job)},
         "model": job.model,
         "organization_id": organization,
         "result_files": job.result_files,
@@ -286,6 +319,11 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
             "total_steps": job.total_steps,
         },
     }
+
+
+def _method(job: Job) -> dict[str, Any]:
+    grader = {} if job.grader is None else {"grader": job.grader}
+    return {**grader, "hyperparameters": job.hyperparameters}
 
 
 def event_object(event: Event) -> dict[str, Any]:

@@ -71,8 +71,9 @@ class Serving:
         return model is None or model in self.model_names or model in (self.report.model, self.tokenizer_id)
 
     def visible_adapters(self) -> list[Adapter]:
-        """Those of the engine for everybody to see: not the ones of somebody's training loop."""
-        return [adapter for adapter in self.engine.adapters.values() if not adapter.name.startswith("tinker:")]
+        """Those of the engine for everybody to see: not the ones of somebody's training loop, nor of a job's."""
+        hidden = ("tinker:", "rollouts:")
+        return [adapter for adapter in self.engine.adapters.values() if not adapter.name.startswith(hidden)]
 
     async def resolve(self, model: str | None) -> str | None:
         """The engine's adapter that a model name stands for, None for the base model.

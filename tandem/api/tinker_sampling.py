@@ -194,6 +194,7 @@ class _Job:
         seed = None if params.seed is None else (params.seed + first // TOGETHER * 0x9E3779B97F4A7C15) % 2**63
         request = Request(
             request_id=f"tinker-{uuid.uuid4().hex}", prompt=self.prompt, adapter=self.sampler.adapter,
+            keep_for_training=self.sampler.adapter is not None,
             sampling=SamplingParams(
                 max_tokens=params.max_tokens, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p,
                 seed=seed, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos,

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, TypeVar
 
 from tandem.errors import DataError, InvalidRequest
-from tandem.finetune import files, formats, preferences, render
+from tandem.finetune import files, formats, preferences, prompts, render
 from tandem.tokenizer import Tokenizer
 from tandem.work import Example
 
@@ -45,13 +45,15 @@ class Row:
 class Dataset:
     """A checked training file. `unused_keys` counts the rows that had each key which training does not look at.
 
-    `group_size` rows in a row belong together: with preferences, the preferred answer and then the other.
+    `group_size` rows in a row belong together: with preferences, the preferred answer and then the other. Rows that are
+    prompts have nothing to learn yet; `items` are then the file's rows as they stand there, for graders.
     """
 
     format: str
     rows: list[Row]
     unused_keys: dict[str, int] = field(default_factory=dict)
     group_size: int = 1
+    items: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def num_groups(self) -> int:
@@ -125,6 +127,25 @@ def load_preferences(path: Path, tokenizer: Tokenizer, max_seq_len: int, name: s
             tokens = [ids.setdefault(token, token) for token in tokens]
             rows.append(_at(name, line, _row, tokens, ranges, line, max_seq_len))
     return Dataset("preference", rows, dict(unused), group_size=2)
+
+
+def load_prompts(
+    path: Path, tokenizer: Tokenizer, max_seq_len: int, max_tokens: int, check_item: Callable[[Any], None],
+    name: str | None = None,
+) -> Dataset:  # fmt: skip
+    """Read, check and encode a file of prompts, which leave room for answers of `max_tokens`. `check_item` raises
+    InvalidRequest for a row that its grader cannot use. Raises as `load`."""
+    name = name or path.name
+    rows: list[Row] = []
+    items: list[dict[str, Any]] = []
+    for line, value in files.read(path, name):
+        messages, tools = _at(name, line, prompts.convert, value)
+        _at(name, line, check_item, value)
+        tokens = _at(name, line, tokenizer.render, messages, tools)
+        _at(name, line, prompts.check_length, len(tokens), max_tokens, max_seq_len)
+        rows.append(Row(tokens, [0.0] * len(tokens), line))
+        items.append(value)
+    return Dataset("prompts", rows, items=items)
 
 
 def example(row: Row, scale: float) -> Example:

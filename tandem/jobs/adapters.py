@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_NAME = 200
+PRIVATE = "rollouts:"  # begins the engine's names of what running jobs sample from: nobody else may
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Adapters:
     def resident_now(self, name: str) -> str | None:
         """The engine's adapter for a name or alias, if the engine has it now."""
         target = self._target(name)
-        if target not in self._engine.adapters:
+        if target not in self._engine.adapters or target.startswith(PRIVATE):
             return None
         if target in self._used:
             self._touch(target)
@@ -143,14 +144,19 @@ class Adapters:
             try:
                 await self._engine.load_adapter(name, path)
             except Conflict:
-                busy = {*self._engine.stats.running_adapters, *self._engine.stats.waiting_adapters}
-                idle = [other for other in self._used if other not in busy]
-                if not idle:
+                if not await self.make_room():
                     raise
-                await self._unload(idle[0])
             else:
                 self._touch(name)
                 return
+
+    async def make_room(self) -> bool:
+        """Unload the least recently used of ours that no request uses. False where there is none."""
+        busy = {*self._engine.stats.running_adapters, *self._engine.stats.waiting_adapters}
+        idle = [other for other in self._used if other not in busy]
+        if idle:
+            await self._unload(idle[0])
+        return bool(idle)
 
     async def _unload(self, name: str) -> None:
         self._used.pop(name, None)
@@ -256,7 +262,8 @@ class Adapters:
             raise InvalidRequest(f"{param} must have 1 to {MAX_NAME} printable characters", param=param)
 
     def _check_free(self, name: str) -> None:
-        if name in self._records or name in self._aliases or name in self._model_names or name in self._engine.adapters:
+        taken = (self._records, self._aliases, self._model_names, self._engine.adapters)
+        if any(name in names for names in taken) or name.startswith(PRIVATE):
             raise Conflict(f"the name {name!r} is taken: choose another, or delete what has it", param="name")
 
 

@@ -15,7 +15,8 @@ import msgspec
 from tandem.errors import InvalidRequest, NotFound
 from tandem.jobs import queries
 from tandem.jobs.adapters import Adapters, read_shape
-from tandem.jobs.records import AdapterRecord, File, Job, JobRequest, TandemExtras, new_id
+from tandem.jobs.recipe import ANSWER_TOKENS, GROUP_SIZE
+from tandem.jobs.records import AdapterRecord, Auto, File, Job, JobRequest, TandemExtras, new_id
 from tandem.tokenizer import Tokenizer
 
 TEXT_ROW_TOKENS = 1024  # rows that a plain text is cut into, unless the request says how long
@@ -74,6 +75,19 @@ def measured(
     return msgspec.structs.replace(extras, max_seq_len=limit), min(longest, limit)
 
 
+def exploring(extras: TandemExtras, longest: int, limit: int) -> tuple[TandemExtras, int]:
+    """The extras of a reinforcement job whose rows have up to `longest` tokens, and the longest sequence to expect: a
+    prompt and its answer. Raises InvalidRequest where answers could fill a whole sequence."""
+    room = extras.max_seq_len or limit
+    max_tokens = extras.max_tokens or min(ANSWER_TOKENS, room // 2)
+    if max_tokens >= room:
+        raise InvalidRequest(f"max_tokens must be less than the {room} of prompt and answer", param="tandem.max_tokens")
+    extras = msgspec.structs.replace(
+        extras, max_tokens=max_tokens, group_size=extras.group_size or GROUP_SIZE, loss=extras.loss or "ppo"
+    )
+    return extras, min(longest + max_tokens, room)
+
+
 def _longest_line(path: Path, tokenizer: Tokenizer) -> int:
     """Tokens of a file's longest line, as it stands there."""
     with open(path, "rb") as stream:
@@ -88,11 +102,16 @@ def job(request: JobRequest, extras: TandemExtras, base_model: str, parent: Adap
         base_model=base_model, parent=parent.name if parent else None, training_file=request.training_file,
         validation_file=request.validation_file, suffix=request.suffix,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31), metadata=request.metadata,
-        method=request.method, tandem=extras,
+        method=request.method, tandem=extras, grader=request.grader,
         hyperparameters={
             "n_epochs": request.n_epochs,
             "batch_size": request.batch_size,
             "learning_rate_multiplier": request.learning_rate_multiplier,
             **({"beta": request.beta} if request.method == "dpo" else {}),
+            **(_reinforcement(request) if request.method == "reinforcement" else {}),
         },
     )  # fmt: skip
+
+
+def _reinforcement(request: JobRequest) -> dict[str, int | float | Auto]:
+    return {name: getattr(request, name) for name in ("compute_multiplier", "eval_interval", "eval_samples")}

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from tandem.errors import BudgetError, Cancelled, EngineDead, InvalidRequest, NotFound, TandemError
-from tandem.finetune import data
+from tandem.finetune import data, graders
 from tandem.jobs import files, queries
-from tandem.jobs.recipe import resolve
+from tandem.jobs.recipe import num_answers, resolve
 from tandem.jobs.records import Job
+from tandem.jobs.reinforcement import ReinforcementRun
 from tandem.jobs.runner import How, Run
 from tandem.jobs.shop import Failure, Loaded, Shop, lora_config
 from tandem.tokenizer import Tokenizer
@@ -115,12 +116,13 @@ class Queue:
             await self._db.run(queries.add_event, job.job_id, f"Validating validation file: {job.validation_file}")
         loaded = await self._load(job)
         longest = max(len(row.tokens) for row in (*loaded.train.rows, *(loaded.valid.rows if loaded.valid else ())))
+        longest += job.tandem.max_tokens or 0
         try:
             await self._shop.engine.check_run(lora_config(job), longest)
         except BudgetError as error:
             raise Failure("insufficient_memory", str(error), "tandem.max_seq_len") from error
         resolved = resolve(job, loaded.train.num_groups, self._shop.engine.report.hidden_size)
-        summary = await asyncio.to_thread(_summary, job, loaded.train)
+        summary = await asyncio.to_thread(_summary, resolved, loaded.train)
         numbers = ", ".join(f"{name}={value}" for name, value in resolved.hyperparameters.items())
 
         def queue_it(connection: sa.Connection) -> bool:
@@ -154,7 +156,13 @@ class Queue:
             if not await asyncio.to_thread(path.is_file):
                 raise NotFound(f"the content of {file_id} is gone from the disk: upload it again")
             limit = job.tandem.max_seq_len
-            if job.method == "dpo":
+            if job.method == "reinforcement":
+                assert job.tandem.max_tokens is not None
+                check = functools.partial(graders.check_item, graders.parse(job.grader))
+                found = await _in_background(
+                    data.load_prompts, path, self._tokenizer, limit, job.tandem.max_tokens, check, file.filename
+                )  # fmt: skip
+            elif job.method == "dpo":
                 found = await _in_background(data.load_preferences, path, self._tokenizer, limit, file.filename)
             else:
                 found = await _in_background(
@@ -185,7 +193,8 @@ class Queue:
 
     async def _run(self, job: Job) -> None:
         loaded = await self._load(job)
-        run = self._runs[job.job_id] = Run(job, loaded, self._shop)
+        kind = ReinforcementRun if job.method == "reinforcement" else Run
+        run = self._runs[job.job_id] = kind(job, loaded, self._shop)
         was_alone = len(self._runs) == 1
         if how := self._stopping.pop(job.job_id, None):
             run.stop(how)
@@ -289,6 +298,9 @@ def _requeue(connection: sa.Connection, job_id: str, message: str) -> None:
 
 def _summary(job: Job, train: data.Dataset) -> list[tuple[str, str]]:
     """(level, message) lines on what a training file holds."""
+    if job.method == "reinforcement":
+        held = f"{len(train.rows)} prompts with {train.num_tokens} tokens"
+        return [("info", f"{held}; {num_answers(job)} answers to each in a step")]
     lines = [
         ("info", f"{len(train.rows)} rows ({train.format}) with {train.num_tokens} tokens, "
                  f"{train.num_trained_tokens} of them learnt"),

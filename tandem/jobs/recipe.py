@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 
 from tandem.errors import InvalidRequest
-from tandem.finetune import data, formats
+from tandem.finetune import data, formats, graders
 from tandem.jobs.records import Auto, Job, JobRequest, TandemExtras
 
 T = TypeVar("T", int, float)
@@ -24,10 +24,14 @@ MIN_EPOCHS, MAX_AUTO_EPOCHS, ENOUGH_STEPS = 3, 25, 100
 MIN_BATCH, MAX_AUTO_BATCH, ROWS_PER_BATCH = 4, 32, 50
 MAX_EPOCHS, MAX_BATCH, MAX_MULTIPLIER = 1000, 4096, 1e6
 SUFFIX = re.compile(r"[a-z0-9-]{1,64}")
-METHODS = ("supervised", "dpo")
 BETA, MAX_BETA = 0.1, 2.0
-# The default learning rate of preferences by that of supervised training: they need smaller steps.
-DPO_RATE = 0.25
+# The default learning rate by that of supervised training: preferences and rewards need smaller steps.
+METHOD_RATES = {"supervised": 1.0, "dpo": 0.25, "reinforcement": 0.5}
+METHODS = tuple(METHOD_RATES)
+# Of reinforcement: answers to a prompt, the longest of them by default, what may be learnt with.
+GROUP_SIZE, MAX_GROUP, ANSWER_TOKENS = 8, 1024, 256
+POLICY_LOSSES = ("ppo", "importance_sampling", "cispo", "gspo", "dro")
+EVALUATIONS = 10
 # The same by optimizer. There is none for those whose rates mean something else for every model.
 OPTIMIZER_RATES: dict[str, float | None] = {
     "adamw": 1.0, "adamw8bit": 1.0, "muon": 1.0, "lion": 0.1, "sgd": None, "adafactor": None, "mezo": None,
@@ -37,6 +41,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rank": (1, 65536), "alpha": (1e-6, 1e6), "dropout": (0.0, 0.99), "learning_rate": (1e-12, 1e3),
     "max_seq_len": (2, 2**31), "warmup_steps": (0, 2**31), "weight_decay": (0.0, 1e3), "max_grad_norm": (0.0, 1e9),
     "priority": (-1000, 1000), "checkpoint_every": (1, 2**31), "validate_every": (1, 2**31),
+    "group_size": (2, MAX_GROUP), "max_tokens": (1, 2**31),
 }  # fmt: skip
 
 
@@ -122,7 +127,8 @@ def resolve(job: Job, num_rows: int, hidden_size: int) -> Job:
 
     batch_size: a fiftieth of the rows, at least 4, at most 32; never more than there are rows, even where asked for.
     n_epochs: 3, or where that gives fewer than 100 optimiser steps, as many epochs as give 100, but 25 at most.
-    learning_rate_multiplier: 1. The learning rate it multiplies is `default_rate`. beta (dpo): 0.1.
+    learning_rate_multiplier: 1. The learning rate it multiplies is `default_rate`. beta (dpo): 0.1. For reinforcement
+    compute_multiplier: 1, eval_interval: a tenth of the steps, eval_samples: 1.
     """
     asked = job.hyperparameters
     batch_size = _number(asked["batch_size"], min(max(num_rows // ROWS_PER_BATCH, MIN_BATCH), MAX_AUTO_BATCH))
@@ -138,6 +144,10 @@ def resolve(job: Job, num_rows: int, hidden_size: int) -> Job:
     }
     if job.method == "dpo":
         numbers["beta"] = _number(asked.get("beta", "auto"), BETA)
+    if job.method == "reinforcement":
+        numbers["compute_multiplier"] = _number(asked["compute_multiplier"], 1.0)
+        numbers["eval_interval"] = _number(asked["eval_interval"], max(1, n_epochs * steps_per_epoch // EVALUATIONS))
+        numbers["eval_samples"] = _number(asked["eval_samples"], 1)
     rate = job.tandem.learning_rate or default_rate(job, hidden_size)
     return msgspec.structs.replace(
         job,
@@ -148,10 +158,20 @@ def resolve(job: Job, num_rows: int, hidden_size: int) -> Job:
 
 
 def default_rate(job: Job, hidden_size: int) -> float:
-    """2e-4 x sqrt(2048 / hidden_size), less for preferences and for lion."""
+    """2e-4 x sqrt(2048 / hidden_size), less for preferences, rewards and lion."""
     by_optimizer = OPTIMIZER_RATES[job.tandem.optimizer]
     assert by_optimizer is not None  # `check` has seen to that
-    return 2e-4 * math.sqrt(2048 / hidden_size) * by_optimizer * (DPO_RATE if job.method == "dpo" else 1.0)
+    return 2e-4 * math.sqrt(2048 / hidden_size) * by_optimizer * METHOD_RATES[job.method]
+
+
+def num_answers(job: Job) -> int:
+    """Answers to a prompt at a time."""
+    assert job.tandem.group_size is not None
+    return answers(job.tandem.group_size, job.hyperparameters["compute_multiplier"])
+
+
+def answers(group_size: int, multiplier: float | Auto) -> int:
+    return max(2, round(group_size * (1.0 if multiplier == "auto" else float(multiplier))))
 
 
 def _number(asked: int | float | Auto, chosen: T) -> T:
@@ -162,10 +182,13 @@ def check(request: JobRequest) -> None:
     """Raise InvalidRequest, naming the field, for what no file and no machine could make right."""
     if request.method not in METHODS:
         raise InvalidRequest(f"method {request.method!r} is unknown: use {' or '.join(METHODS)}", param="method.type")
-    if request.method == "dpo" and request.tandem.format != "auto":
-        raise InvalidRequest("format is for supervised training: preference files have one", param="tandem.format")
-    if request.method == "dpo" and request.tandem.optimizer == "mezo":
+    if request.method != "supervised" and request.tandem.format != "auto":
+        raise InvalidRequest("format is for supervised training: other files have one", param="tandem.format")
+    if request.method != "supervised" and request.tandem.optimizer == "mezo":
         raise InvalidRequest("mezo is for supervised training: choose another optimizer", param="tandem.optimizer")
+    _check_reinforcement(request)
+    if request.method != "dpo" and request.beta != "auto":
+        raise InvalidRequest("beta is for dpo: leave it out", param="beta")
     _check_range("beta", request.beta, 1e-6, MAX_BETA)
     if request.suffix is not None and not SUFFIX.fullmatch(request.suffix):
         raise InvalidRequest("suffix must be 1 to 64 of a-z, 0-9 and '-'", param="suffix")
@@ -176,6 +199,33 @@ def check(request: JobRequest) -> None:
     _check_range("learning_rate_multiplier", request.learning_rate_multiplier, 1e-9, MAX_MULTIPLIER)
     _check_metadata(request.metadata or {})
     _check_extras(request.tandem)
+
+
+def _check_reinforcement(request: JobRequest) -> None:
+    extras = request.tandem
+    if request.method != "reinforcement":
+        for name in ("group_size", "max_tokens", "loss"):
+            if getattr(extras, name) is not None:
+                raise InvalidRequest(f"{name} is for reinforcement: leave it out", param=f"tandem.{name}")
+        for name in ("grader", "compute_multiplier", "eval_interval", "eval_samples"):
+            if getattr(request, name) not in (None, "auto"):
+                raise InvalidRequest(f"{name} is for reinforcement: leave it out", param=name)
+        return
+    if request.grader is None:
+        raise InvalidRequest("give a grader: it says what an answer is worth", param=graders.PARAM)
+    graders.parse(request.grader)
+    if extras.loss not in (None, *POLICY_LOSSES):
+        raise InvalidRequest(f"loss must be one of {', '.join(POLICY_LOSSES)}", param="tandem.loss")
+    if extras.validate_every is not None:
+        raise InvalidRequest("validate_every is eval_interval here, a hyperparameter", param="tandem.validate_every")
+    _check_range("compute_multiplier", request.compute_multiplier, 1 / 64, 128)
+    _check_range("eval_interval", request.eval_interval, 1, 2**31)
+    _check_range("eval_samples", request.eval_samples, 1, 64)
+    if (count := answers(extras.group_size or GROUP_SIZE, request.compute_multiplier)) > MAX_GROUP:
+        raise InvalidRequest(
+            f"group_size x compute_multiplier gives {count} answers to a prompt: at most {MAX_GROUP}",
+            param="tandem.group_size",
+        )
 
 
 def _check_extras(extras: TandemExtras) -> None:

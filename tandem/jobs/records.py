@@ -54,6 +54,9 @@ class TandemExtras(msgspec.Struct, frozen=True, kw_only=True):
     default. optimizer: a kind of `work.OptimParams`, or mezo. checkpoint_every and validate_every: optimiser steps
     (default: at each epoch's end). priority: higher starts first and gets twice the share per unit. The shape of an
     adapter that is continued cannot be changed.
+
+    For reinforcement alone: `group_size` answers to a prompt at a time (8), of `max_tokens` tokens at most (256, or
+    half of the longest sequence where that is less), learnt from with `loss` (ppo).
     """
 
     rank: int = 16
@@ -72,6 +75,9 @@ class TandemExtras(msgspec.Struct, frozen=True, kw_only=True):
     validate_every: int | None = None
     format: str = "auto"
     optimizer: str = "adamw"
+    group_size: int | None = None
+    max_tokens: int | None = None
+    loss: str | None = None
 
 
 class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,12 +94,17 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int | Auto = "auto"
     learning_rate_multiplier: float | Auto = "auto"
     beta: float | Auto = "auto"
+    grader: dict[str, Any] | None = None
+    compute_multiplier: float | Auto = "auto"
+    eval_interval: int | Auto = "auto"
+    eval_samples: int | Auto = "auto"
     tandem: TandemExtras = TandemExtras()
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A fine-tuning job. `hyperparameters` has n_epochs, batch_size and learning_rate_multiplier, and beta for dpo:
-    "auto" until the files are checked, then numbers. `step` of `total_steps` optimiser steps are done, which is 0
+    """A fine-tuning job. `hyperparameters` has n_epochs, batch_size and learning_rate_multiplier, with dpo also beta,
+    with reinforcement compute_multiplier, eval_interval and eval_samples: "auto" until the files are checked, then
+    numbers. `step` of `total_steps` optimiser steps are done, which is 0
     before that check. `base_model` is the model below all adapters, `parent` the adapter whose weights are the start.
     `error` has code, message and param.
     """
@@ -120,6 +131,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     result_files: list[str] = []
     step: int = 0
     total_steps: int = 0
+    grader: dict[str, Any] | None = None
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

@@ -31,6 +31,7 @@ DEPTH = 2  # optimiser steps in the engine's queue
 VALIDATION_ROWS = 32  # in one call
 ABANDON_S = 5.0
 F = TypeVar("F")
+S = TypeVar("S", bound="Sent")
 How = Literal["pause", "close", "cancel"]
 
 
@@ -49,8 +50,8 @@ class Sent:
     step: int
     num_tokens: int
     learning_rate: float
-    learnt: asyncio.Future[PassReport]
-    updated: asyncio.Future[Any]
+    learnt: list[asyncio.Future[PassReport]]
+    updated: asyncio.Future[Any] | None
     validated: list[asyncio.Future[PassReport]] = field(default_factory=list)
     checkpoint: Save | None = None
     resume: Save | None = None
@@ -67,6 +68,7 @@ class Run:
         self._recipe = recipe(job, loaded.train.num_groups)
         self._name = model_name(job.base_model, shop.organization, job.suffix, job.job_id)
         self._stop: How | None = None
+        self._stopped = asyncio.Event()
         self._is_open = False
         self._sent: deque[Sent] = deque()
         self._next = 0  # the next step to send, from 0
@@ -81,6 +83,7 @@ class Run:
         """pause and close end the run behind what is on its way; cancel drops that."""
         if self._stop != "cancel":
             self._stop = how
+        self._stopped.set()
         if how == "cancel" and self._is_open:
             self._close()
 
@@ -93,10 +96,7 @@ class Run:
             await self._open()
             await self._fill()
             while self._sent:
-                sent = self._sent.popleft()
-                await self._arrival(sent)
-                await self._fill()
-                await self._record(sent)
+                await self._after(self._sent.popleft())
             if self._next == self._recipe.total_steps:
                 return "finished"
             assert self._stop is not None
@@ -130,13 +130,17 @@ class Run:
                 raise Failure("resume_failed", f"Cannot go on from step {point.step}: {error}") from error
             raise Failure("model_not_found", f"Cannot start from {self.job.model}: {error}", "model") from error
         if point is not None:
-            if report.step != point.step:
+            if not self._has_step(report.step, point.step):
                 raise Failure("resume_failed", f"The saved progress is of step {report.step}, not of {point.step}")
             self._next, self._trained_tokens = point.step, point.trained_tokens
         verb = f"resumed from step {point.step}" if point else "started"
         await self._say(f"Fine-tuning job {verb}")
         self._began_step = self._next
         self._saved_at = self._ticked_at = self._began_at = time.monotonic()
+
+    def _has_step(self, step: int, wanted: int) -> bool:
+        """Whether a saved run of so many optimiser steps can be the one after `wanted` steps of the job."""
+        return step == wanted
 
     def _parent(self) -> str | None:
         if self.job.parent is None:
@@ -198,29 +202,39 @@ class Run:
     def _send(self, index: int) -> Sent:
         rows = [row for number in self._recipe.batch(index) for row in self._train.group(number)]
         rate, step = self._recipe.learning_rate(index), index + 1
-        is_last = step == self._recipe.total_steps
         learnt, updated = self._learn(rows, rate, index)
-        sent = Sent(step, sum(len(row.tokens) - 1 for row in rows), rate, learnt, updated)
-        is_checkpoint = is_last or self._recipe.is_epoch_end(index) or _is_due(step, self.job.tandem.checkpoint_every)
-        if self._valid and (is_checkpoint or _is_due(step, self.job.tandem.validate_every)):
+        sent = Sent(step, sum(len(row.tokens) - 1 for row in rows), rate, [learnt], updated)
+        if self._valid and (self._is_checkpoint(step) or is_due(step, self.job.tandem.validate_every)):
             sent.validated.extend(self._validate(self._valid))
-        if is_checkpoint and step not in self._kept:
+        return self._with_saves(sent)
+
+    def _is_checkpoint(self, step: int) -> bool:
+        is_end = step == self._recipe.total_steps or self._recipe.is_epoch_end(step - 1)
+        return is_end or is_due(step, self.job.tandem.checkpoint_every)
+
+    def _with_saves(self, sent: S) -> S:
+        """The step, with what is to be saved after it on its way."""
+        if self._is_checkpoint(sent.step) and sent.step not in self._kept:
             self._saved_at = time.monotonic()
-            sent = dataclasses.replace(sent, checkpoint=self._save(f"{files.ADAPTERS}/{new_id('step-')}"))
-        elif not is_last and time.monotonic() - self._saved_at >= self._shop.resume_every_s:
+            return dataclasses.replace(sent, checkpoint=self._save(f"{files.ADAPTERS}/{new_id('step-')}"))
+        is_last = sent.step == self._recipe.total_steps
+        if not is_last and time.monotonic() - self._saved_at >= self._shop.resume_every_s:
             self._saved_at = time.monotonic()
-            sent = dataclasses.replace(sent, resume=self._save(self._resume_path()))
+            return dataclasses.replace(sent, resume=self._save(self._resume_path()))
         return sent
+
+    def _params(self, rate: float) -> OptimParams:
+        extras = self.job.tandem
+        return OptimParams(
+            learning_rate=rate, weight_decay=extras.weight_decay, max_grad_norm=extras.max_grad_norm,
+            kind="adamw" if extras.optimizer == "mezo" else extras.optimizer,
+        )  # fmt: skip
 
     def _learn(
         self, rows: Sequence[data.Row], rate: float, index: int
     ) -> tuple[asyncio.Future[PassReport], asyncio.Future[Any]]:
         """One optimiser step from these rows, in the mean over their tokens, or over their pairs."""
-        job_id, extras, engine = self.job.job_id, self.job.tandem, self._engine
-        params = OptimParams(
-            learning_rate=rate, weight_decay=extras.weight_decay, max_grad_norm=extras.max_grad_norm,
-            kind="adamw" if extras.optimizer == "mezo" else extras.optimizer,
-        )  # fmt: skip
+        job_id, extras, engine, params = self.job.job_id, self.job.tandem, self._engine, self._params(rate)
         if self.job.method == "dpo":
             examples = [data.example(row, 1.0) for row in rows]
             learnt = self._track(engine.forward_backward(job_id, examples, "dpo", self._preference(len(rows) // 2)))
@@ -245,10 +259,18 @@ class Run:
             sent.append(self._track(self._engine.forward(self.job.job_id, examples, *loss)))
         return sent
 
+    async def _after(self, sent: Sent) -> None:
+        """See a step through. The engine gets its next work first."""
+        await self._arrival(sent)
+        await self._fill()
+        await self._record(sent)
+
     async def _arrival(self, sent: Sent) -> None:
         try:
-            await sent.learnt
-            await sent.updated
+            for learnt in sent.learnt:
+                await learnt
+            if sent.updated is not None:
+                await sent.updated
         except Diverged as error:
             raise Failure(
                 "diverged",
@@ -269,14 +291,18 @@ class Run:
             await self._keep(sent.step, sent.resume)
 
     def _metrics(self, sent: Sent, validated: list[PassReport]) -> dict[str, Any]:
+        found = results.means("train", [learnt.result() for learnt in sent.learnt], is_mean=True)
+        return self._line(sent, found | (results.means("valid", validated) if validated else {}))
+
+    def _line(self, sent: Sent, found: dict[str, Any]) -> dict[str, Any]:
+        """The metrics of a step: what was `found`, where it is and how fast it went."""
         now = time.monotonic()
         elapsed, self._ticked_at = now - self._ticked_at, now
         self._trained_tokens += sent.num_tokens
         return {
             "step": sent.step,
             "total_steps": self._recipe.total_steps,
-            **results.means("train", [sent.learnt.result()], is_mean=True),
-            **(results.means("valid", validated) if validated else {}),
+            **found,
             "learning_rate": sent.learning_rate,
             "tokens_per_s": round(sent.num_tokens / max(elapsed, 1e-9), 1),
             "serving_tpot_p95_ms": round(self._engine.stats.tpot_p95_s * 1e3, 2),
@@ -363,7 +389,7 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _is_due(step: int, every: int | None) -> bool:
+def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 

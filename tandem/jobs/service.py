@@ -10,15 +10,18 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import sqlalchemy as sa
 
 from tandem.config import JobsConfig
 from tandem.errors import Conflict, InvalidRequest, NotFound
+from tandem.finetune import graders
+from tandem.finetune.graders import Grader
 from tandem.jobs import files, intake, opening, queries, recipe
 from tandem.jobs.adapters import Adapters
+from tandem.jobs.grading import Grade, Grading
 from tandem.jobs.queue import Queue
 from tandem.jobs.records import (
     PURPOSES,
@@ -50,7 +53,7 @@ class Jobs:
 
     def __init__(
         self, config: JobsConfig, root: Path, lock: files.Lock, db: Database, adapters: Adapters, queue: Queue,
-        engine: EngineClient, tokenizer: Tokenizer, model_names: Sequence[str],
+        engine: EngineClient, tokenizer: Tokenizer, model_names: Sequence[str], grading: Grading,
     ) -> None:  # fmt: skip
         """Use `open`."""
         self._config = config
@@ -62,6 +65,7 @@ class Jobs:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model_names = list(model_names)
+        self._grading = grading
         self._expiry = asyncio.create_task(self._expire_files())
 
     @property
@@ -92,19 +96,21 @@ class Jobs:
                 await asyncio.to_thread(db.close)
             lock.release()
             raise
-        shop = Shop(db, engine, adapters, root, config.organization, resume_every_s)
+        grading = Grading(engine, tokenizer, adapters, model_names, config.grader_hosts)
+        shop = Shop(db, engine, adapters, root, config.organization, resume_every_s, tokenizer, grading)
         foreign = {base for base in await db.run(queries.unfinished_bases) if not adapters.has_base(base)}
         if foreign:
             log.warning("jobs on %s wait for a server of that model", ", ".join(sorted(foreign)))
         queue = Queue(shop, tokenizer, config.max_running_jobs, foreign)
         queue.wake()
-        return cls(config, root, lock, db, adapters, queue, engine, tokenizer, model_names)
+        return cls(config, root, lock, db, adapters, queue, engine, tokenizer, model_names, grading)
 
     async def close(self) -> None:
         """Running jobs save a resume point and stop; they go on at the next start. Releases everything."""
         self._expiry.cancel()
         await asyncio.gather(self._expiry, return_exceptions=True)
         await self._queue.close()
+        await self._grading.close()
         await asyncio.to_thread(self._db.close)
         self._lock.release()
 
@@ -186,6 +192,9 @@ class Jobs:
         extras, longest = await asyncio.to_thread(
             intake.measured, extras, list(uploads.values()), limit, self._tokenizer
         )
+        if request.method == "reinforcement":
+            self._grading.check(graders.parse(request.grader))
+            extras, longest = intake.exploring(extras, longest, limit)
         job = intake.job(request, extras, base_model, parent)
         await self._engine.check_run(lora_config(job), longest)
         await self._db.run(queries.add_job, job)
@@ -260,6 +269,19 @@ class Jobs:
         job = await self._db.run(resume)
         self._queue.wake()
         return job
+
+    # ------------------------------------------------------------ graders
+
+    def grader(self, raw: Any) -> Grader:
+        """A grader as a job of this server could have it. Raises InvalidRequest."""
+        grader = graders.parse(raw, "grader")
+        self._grading.check(grader, "grader")
+        return grader
+
+    async def grade(self, grader: Grader, item: dict[str, Any], text: str) -> Grade:
+        """What it says of an answer. Raises as `Grading.grade`."""
+        graders.check_item(grader, item)
+        return await self._grading.grade(grader, item, text)
 
     # ------------------------------------------------------------ adapters
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from tandem.finetune import data
 from tandem.jobs.adapters import Adapters
+from tandem.jobs.grading import Grading
 from tandem.jobs.records import Job
 from tandem.jobs.store import Database
+from tandem.tokenizer import Tokenizer
 from tandem.work import LoraConfig
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class Shop:
     root: Path
     organization: str
     resume_every_s: float
+    tokenizer: Tokenizer
+    grading: Grading
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ jobs = sa.Table(
     sa.Column("result_files", sa.JSON, nullable=False),
     sa.Column("step", sa.BigInteger, nullable=False),
     sa.Column("total_steps", sa.BigInteger, nullable=False),
+    sa.Column("grader", sa.JSON),
 )  # fmt: skip
 
 events = sa.Table(

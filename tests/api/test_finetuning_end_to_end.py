@@ -267,6 +267,148 @@ def test_preferences_for_real(real):
     assert first["train_loss"] == pytest.approx(0.693147, abs=1e-3), "its reference is the adapter it goes on from"
 
 
+LIKES_E = {"type": "string_check", "name": "has_e", "input": "{{sample.output_text}}",
+           "reference": "{{item.letter}}", "operation": "like"}  # fmt: skip
+PROMPTS = [{"messages": [{"role": "user", "content": f"Fact {i}?"}], "letter": "e"} for i in range(32)]
+
+
+def test_reinforcement_for_real(real):
+    """Answers with a letter in them are rewarded: at first there are hardly any, at last hardly any others."""
+    job = real.create(
+        model="tiny", training_file=real.upload(PROMPTS), validation_file=real.upload(PROMPTS[:4]), seed=1,
+        method={"type": "reinforcement", "reinforcement": {
+            "grader": LIKES_E, "hyperparameters": {
+                "n_epochs": 4, "batch_size": 4, "eval_interval": 8, "eval_samples": 2, "reasoning_effort": "default",
+            },
+        }},
+        extra_body={"tandem": {"rank": 8, "learning_rate": 0.01, "schedule": "constant", "max_tokens": 6}},
+    )  # fmt: skip
+    method = job.method.reinforcement
+    assert job.method.type == "reinforcement" and method.grader.model_dump(exclude_none=True) == LIKES_E
+    assert method.hyperparameters.compute_multiplier == "auto" and method.hyperparameters.eval_samples == 2
+    assert (job.tandem["group_size"], job.tandem["loss"], job.tandem["max_tokens"]) == (8, "ppo", 6)
+    done = real.until(job, "succeeded", seconds=100)
+    assert done.method.reinforcement.hyperparameters.compute_multiplier == 1.0
+    events = list(real.client.fine_tuning.jobs.list_events(job.id, limit=100))[::-1]
+    steps = [event.data for event in events if event.type == "metrics"]
+    rewards = [step["train_mean_reward"] for step in steps]
+    assert len(rewards) == 32 and sum(rewards[:4]) / 4 < 0.2 and sum(rewards[-8:]) / 8 > 0.7, rewards
+    evaluated = [step["valid_mean_reward"] for step in steps if "valid_mean_reward" in step]
+    assert len(evaluated) == 4 and evaluated[-1] > 0.7
+    # What learns is what sampled: the two log-probabilities of each token are the same.
+    assert all(abs(step["train_kl"]) < 1e-5 for step in steps if step["train_loss"] is not None)
+
+    def ask(name):
+        asked = {"messages": PROMPTS[0]["messages"], "max_tokens": 6, "n": 8, "seed": 1}
+        return real.client.chat.completions.create(model=name, **asked).choices
+
+    assert sum("e" in choice.message.content for choice in ask(done.fine_tuned_model)) >= 6
+    assert sum("e" in choice.message.content for choice in ask("tiny")) <= 3
+    checkpoints = [c.fine_tuned_model_checkpoint for c in real.client.fine_tuning.jobs.checkpoints.list(job.id)]
+    assert len(checkpoints) == 4 and ask(checkpoints[1])
+    again = real.create(model=done.fine_tuned_model, training_file=real.upload(PROMPTS[:8]), seed=1,
+                        method={"type": "reinforcement", "reinforcement": {
+                            "grader": LIKES_E, "hyperparameters": {"n_epochs": 1, "batch_size": 4}}},
+                        extra_body={"tandem": {"max_tokens": 6}})  # fmt: skip
+    real.until(again, "succeeded")
+    first = [e.data for e in real.client.fine_tuning.jobs.list_events(again.id) if e.type == "metrics"][-1]
+    assert first["train_mean_reward"] > 0.7, "it goes on from what was learnt"
+
+
+def test_reinforcement_paused_and_cancelled_for_real(real):
+    """Nothing stays in the engine: no request, no block, no version."""
+
+    def quiet():
+        deadline = time.monotonic() + 20
+        while real.engine.stats.num_running + real.engine.stats.blocks_used or [
+            name for name in real.engine.adapters if name.startswith("rollouts:")
+        ]:
+            assert time.monotonic() < deadline, (real.engine.stats, real.engine.adapters)
+            time.sleep(0.05)
+
+    job = real.create(
+        model="tiny", training_file=real.upload(PROMPTS), seed=1,
+        method={"type": "reinforcement", "reinforcement": {
+            "grader": LIKES_E, "hyperparameters": {"n_epochs": 50, "batch_size": 8},
+        }},
+        extra_body={"tandem": {"rank": 4, "max_tokens": 40}},
+    )  # fmt: skip
+    real.until(job, "running")
+    while not real.engine.stats.num_running:
+        time.sleep(0.01)
+    assert not [model.id for model in real.client.models.list() if model.id.startswith("rollouts:")]
+    with pytest.raises(openai.NotFoundError):
+        real.client.chat.completions.create(model=f"rollouts:{job.id}", messages=MESSAGES)
+    real.client.fine_tuning.jobs.pause(job.id)
+    real.until(job, "paused")
+    quiet()
+    real.client.fine_tuning.jobs.resume(job.id)
+    real.until(job, "running")
+    while not real.engine.stats.num_running:
+        time.sleep(0.01)
+    real.client.fine_tuning.jobs.cancel(job.id)
+    quiet()
+
+
+def test_graders_are_tried_out(both):
+    alpha = both.client.fine_tuning.alpha.graders
+    assert alpha.validate(grader=LIKES_E).grader.operation == "like"
+    found = alpha.run(grader=LIKES_E, model_sample="yes", item={"letter": "e"})
+    assert found.reward == 1.0 and found.metadata.type == "string_check" and found.metadata.name == "has_e"
+    assert found.metadata.scores == {"has_e": 1.0} and found.sub_rewards == {} and found.metadata.execution_time >= 0
+    assert not any(v for k, v in found.metadata.errors.model_dump().items() if k.endswith("_error"))
+    alike = {"type": "text_similarity", "name": "a", "input": "{{sample.output_json.say}}", "reference": "yes",
+             "evaluation_metric": "fuzzy_match"}  # fmt: skip
+    multi = {"type": "multi", "name": "m", "graders": {"a": alike, "e": LIKES_E}, "calculate_output": "(a + e) / 2"}
+    assert alpha.validate(grader=multi).grader.calculate_output == "(a + e) / 2"
+    found = alpha.run(grader=multi, model_sample='{"say": "yes"}', item={"letter": "z"})
+    assert found.reward == 0.5 and found.sub_rewards == {"a": 1.0, "e": 0.0}
+    found = alpha.run(grader=multi, model_sample="yes", item={"letter": "e"})
+    assert found.reward == 0.5 and found.metadata.errors.sample_parse_error
+    found = alpha.run(grader=multi, model_sample="yes", item={})
+    assert found.metadata.errors.invalid_variable_error and found.reward == 0
+    assert "item.letter" in found.metadata.errors.other_error_details
+    found = alpha.run(grader=multi | {"calculate_output": "1 / a"}, model_sample='{"say": "q"}', item={"letter": "z"})
+    assert found.metadata.errors.other_error and "cannot be computed" in found.metadata.errors.other_error_details
+    judge = {"type": "score_model", "name": "j", "model": "tiny", "input": [{"role": "user", "content": "Rate it"}]}
+    found = alpha.run(grader=judge, model_sample="yes")
+    assert found.metadata.sampled_model_name == "tiny" and found.metadata.token_usage > 0
+    assert found.metadata.errors.api_model_grader_parse_error and found.reward == 0
+    for call in (alpha.validate, lambda grader: alpha.run(grader=grader, model_sample="x")):
+        for grader, param in (
+            ({"type": "python", "name": "p", "source": "x"}, "grader.type"),
+            (LIKES_E | {"input": "{{x}}"}, "grader.input"),
+            (judge | {"model": "gpt-5"}, "grader.model"),
+            ({"type": "endpoint", "url": "http://127.0.0.1:1/"}, "grader.url"),
+        ):  # fmt: skip
+            with pytest.raises(openai.BadRequestError) as caught:
+                call(grader=grader)
+            assert caught.value.param == param
+
+
+def test_reinforcement_that_cannot_work_is_said_at_once(both):
+    good = both.upload(PROMPTS)
+
+    def refused(**reinforcement):
+        with pytest.raises(openai.BadRequestError) as caught:
+            both.create(model="tiny", training_file=good,
+                        method={"type": "reinforcement", "reinforcement": reinforcement})  # fmt: skip
+        return caught.value
+
+    assert refused().param == "method.reinforcement.grader"
+    assert refused(grader={"type": "python", "name": "p", "source": ""}).param == "method.reinforcement.grader.type"
+    error = refused(grader={"type": "endpoint", "url": "http://127.0.0.1:1/"})
+    assert error.param == "method.reinforcement.grader.url" and "--grader-hosts 127.0.0.1" in error.message
+    job = both.create(model="tiny", training_file=both.upload([*PROMPTS, ROWS[0]]),
+                      method={"type": "reinforcement", "reinforcement": {"grader": LIKES_E}},
+                      extra_body={"tandem": {"max_tokens": 4}})  # fmt: skip
+    deadline = time.monotonic() + 30
+    while (found := both.retrieve(job.id)).status != "failed":
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    assert found.error.param == "training_file" and "train.jsonl:33" in found.error.message
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw8bit", "mezo"])
 def test_other_optimizers_for_real(real, optimizer):
     job = real.create(model="tiny", training_file=real.upload(), hyperparameters={"n_epochs": 1, "batch_size": 4},

@@ -6,21 +6,24 @@ import json
 import math
 import os
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
-from tandem.errors import BudgetError, Cancelled, Conflict, Diverged, ModelError, NotFound
-from tandem.work import Adapter, PassReport, RunReport, UpdateReport
+from tandem.errors import BudgetError, Cancelled, Conflict, Diverged, ModelError, NotFound, Overloaded
+from tandem.work import Adapter, PassReport, PublishReport, RunReport, TokenEvent, TopLogprobs, UpdateReport
 
 
 class FakeEngine:
-    """As EngineClient. Knobs: `delay` seconds a call, `diverge_at` step, `save_error`, `max_runs`, `max_adapters`."""
+    """As EngineClient. Knobs: `delay` seconds a call, `diverge_at` step, `save_error`, `max_runs`, `max_adapters`;
+    `answer(request, i)` gives choice i's tokens, `step_s` seconds between two. `open` counts streams."""
 
     def __init__(self, delay=0.0, max_adapters=8, max_runs=99, longest=4096):
-        self.report = SimpleNamespace(hidden_size=512, max_model_len=256)
+        self.report = SimpleNamespace(hidden_size=512, max_model_len=256, max_num_seqs=32)
         self.stats = SimpleNamespace(tpot_p95_s=0.025, running_adapters=[], waiting_adapters=[])
         self.delay, self.max_adapters, self.max_runs, self.longest = delay, max_adapters, max_runs, longest
         self.diverge_at = self.save_error = None
         self.adapters, self.runs, self.queues, self.calls = {}, {}, {}, []
+        self.answer, self.step_s, self.open, self.asked, self.overloads = some_tokens, 0.0, 0, [], 0
 
     async def check_run(self, lora, longest):
         self.calls.append(("check_run", lora, longest))
@@ -62,6 +65,10 @@ class FakeEngine:
         run = self.runs[run_id]
         if learns:
             run["gradient"] += repr(examples) + repr(loss)
+        if loss and loss[0] != "dpo":
+            tokens = sum(weight > 0 for example in examples for weight in example.weights)
+            metrics = {"num_clipped": 0.0, "kl_from_sampler": 0.0}
+            return PassReport(loss=-0.001, nll=1.0, num_tokens=tokens, num_correct=0, metrics=metrics)
         if loss:
             pairs, gain = len(examples) // 2, 0.1 * run["step"]
             metrics = dict(num_pairs=pairs, num_preferred=pairs, chosen_reward=gain * pairs, rejected_reward=-gain)
@@ -95,6 +102,29 @@ class FakeEngine:
             os.rename(path + ".tmp", path)
 
         return self._call("save_run", run_id, save)
+
+    def publish(self, run_id, name):
+        def publish():
+            if name not in self.adapters and len(self.adapters) >= self.max_adapters:
+                raise Conflict("full")
+            weights = self.runs[run_id]["weights"]
+            self.adapters[name] = Adapter(name=name, version=1, rank=1, path=weights)
+            return PublishReport(adapter=self.adapters[name])
+
+        return self._call("publish", run_id, publish)
+
+    def retire_adapter(self, name):
+        done = asyncio.get_running_loop().create_future()
+        self.adapters.pop(name, None)
+        done.set_result(None)
+        return done
+
+    def submit(self, request):
+        if self.overloads:
+            self.overloads -= 1
+            raise Overloaded("too much")
+        self.asked.append(request)
+        return FakeStream(self, request)
 
     def close_run(self, run_id):
         queue = self.queues.pop(run_id, None)
@@ -140,6 +170,38 @@ class FakeEngine:
         """What a killed server leaves of it: nothing."""
         for queue in self.queues.values():
             queue.worker.cancel()
+
+
+def some_tokens(request, i):
+    """Answers that differ, the same for the same request."""
+    random = Random(f"{request.prompt}/{request.sampling.seed}/{i}")
+    return [random.randrange(300, 400) for _ in range(random.randrange(1, request.sampling.max_tokens + 1))]
+
+
+class FakeStream:
+    def __init__(self, engine, request):
+        if request.adapter is not None and request.adapter not in engine.adapters:
+            raise NotFound(request.adapter)
+        self.engine, self.request, self.is_open = engine, request, True
+        engine.open += 1
+
+    async def __aiter__(self):
+        n, asked = self.request.sampling.n, self.request.sampling.logprobs is not None
+        answers = [self.engine.answer(self.request, i) for i in range(n)]
+        for at in range(max(map(len, answers))):
+            await asyncio.sleep(self.engine.step_s)
+            yield [
+                TokenEvent(
+                    request_id=self.request.request_id, index=i, token_id=tokens[at],
+                    logprob=TopLogprobs(-0.5, 1, [], []) if asked else None, stop_token=at == len(tokens) - 1,
+                    finish_reason="stop" if at == len(tokens) - 1 else None,
+                )
+                for i, tokens in enumerate(answers) if at < len(tokens)
+            ]  # fmt: skip
+
+    async def aclose(self):
+        self.engine.open -= self.is_open
+        self.is_open = False
 
 
 def _settle(future, result=None, error=None):

@@ -54,6 +54,13 @@ class Place:
         settings = {"n_epochs": 2, "batch_size": 2, "seed": 7} | more
         return await self.jobs.create(JobRequest(model=model, training_file=file_id, tandem=extras, **settings))
 
+    async def explore(self, rows=8, **more):
+        """A reinforcement job: answers are worth more the more they are like the row's."""
+        grader = more.pop("grader", SIMILAR)
+        file_id = more.pop("file_id", None) or await self.upload(questions(rows))
+        more["tandem"] = {"max_tokens": 4, "group_size": 4} | more.get("tandem", {})
+        return await self.create(file_id=file_id, method="reinforcement", grader=grader, **more)
+
     async def until(self, job_id, *statuses, timeout=20.0):
         async with asyncio.timeout(timeout):
             while (job := await self.jobs.job(job_id)).status not in statuses:
@@ -72,6 +79,16 @@ class Place:
 
     async def weights(self, name):
         return Path((await self.jobs.adapter(name)).path, "adapter_model.safetensors").read_text()
+
+
+SIMILAR = {
+    "type": "text_similarity", "name": "alike", "input": "{{sample.output_text}}", "reference": "{{item.answer}}",
+    "evaluation_metric": "fuzzy_match",
+}  # fmt: skip
+
+
+def questions(rows):
+    return [{"messages": [{"role": "user", "content": f"Fact {i}?"}], "answer": f"It is {i * 7}."} for i in range(rows)]
 
 
 def facts(rows):

@@ -16,7 +16,7 @@ from tandem.jobs.records import JobRequest, TandemExtras
     "param, more",
     [
         ("suffix", {"suffix": "No Spaces"}), ("suffix", {"suffix": "a" * 65}), ("suffix", {"suffix": ""}),
-        ("method.type", {"method": "reinforcement"}), ("method.type", {"method": "magic"}),
+        ("method.reinforcement.grader", {"method": "reinforcement"}), ("method.type", {"method": "magic"}),
         ("beta", {"method": "dpo", "beta": 0.0}), ("beta", {"method": "dpo", "beta": math.nan}),
         ("tandem.format", {"method": "dpo", "tandem": {"format": "chat"}}),
         ("tandem.optimizer", {"method": "dpo", "tandem": {"optimizer": "mezo", "learning_rate": 1e-3}}),

@@ -33,6 +33,21 @@ def test_opening_again_keeps_what_is_there(tmp_path, database_url):
     assert value == "1"
 
 
+def test_a_database_from_before_there_were_graders(tmp_path):
+    database = store.Database.open(None, tmp_path)
+    job = Job(job_id="ftjob-old", created_at=0, status="queued", model="m", base_model="m", training_file="f", seed=1,
+              hyperparameters={}, tandem=TandemExtras())  # fmt: skip
+    with database._engine.begin() as connection:
+        queries.add_job(connection, job)
+        connection.execute(sa.text("alter table jobs drop column grader"))
+        connection.execute(sa.text("update alembic_version set version_num = '0001'"))
+    database.close()
+    database = store.Database.open(None, tmp_path)
+    with database._engine.begin() as connection:
+        assert queries.job(connection, "ftjob-old") == job
+    database.close()
+
+
 def test_a_migration_cut_short_leaves_nothing(tmp_path, database_url, monkeypatch):
     from alembic import op
 
