@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tandem.errors import ConfigError
+from tandem.jobs.recipe import OPTIMIZER_RATES
 
 RENAMED = {
     "base_model": "model",
@@ -40,7 +41,11 @@ SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
 }
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+# Its names for what Tandem has, and Tandem's own.
+OPTIMIZERS = {
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_8bit": "adamw8bit", "adamw_bnb_8bit": "adamw8bit",
+    "lion_pytorch": "lion", **{name: name for name in OPTIMIZER_RATES},
+}  # fmt: skip
 # What changes nothing with these values (None: with any), and why; another value is an error.
 WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "adapter": (("lora",), "Tandem trains LoRA adapters on weights as they are"),
@@ -138,7 +143,7 @@ def _translated(entries: Mapping[str, Any], path: str) -> dict[str, Any]:
     if (schedule := entries.get("lr_scheduler")) is not None:
         found["schedule"] = _one_of(schedule, SCHEDULES, f"{path}: lr_scheduler")
     if (optimizer := entries.get("optimizer")) is not None:
-        _one_of(optimizer, dict.fromkeys(OPTIMIZERS), f"{path}: optimizer")
+        found["optimizer"] = _one_of(optimizer, OPTIMIZERS, f"{path}: optimizer")
     if entries.get("bf16") is True:
         found["dtype"] = "bfloat16"
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from tandem import config
 from tandem.cli import adapters, axolotl, client, follow, jobs, options
 from tandem.config import CacheConfig, EngineConfig, ModelConfig, TrainingConfig, option
 from tandem.errors import ConfigError, TandemError
+from tandem.jobs.recipe import ANSWER_TOKENS, GROUP_SIZE, METHODS, OPTIMIZER_RATES, POLICY_LOSSES
 from tandem.jobs.records import TandemExtras
 
 if TYPE_CHECKING:
@@ -23,9 +25,10 @@ if TYPE_CHECKING:
 
 DEFAULT = TandemExtras()
 FORMATS = ("auto", "chat", "completion", "alpaca", "sharegpt", "text")
-HYPERPARAMETERS = {"epochs": "n_epochs", "batch_size": "batch_size"}
+HYPERPARAMETERS = {"epochs": "n_epochs", "batch_size": "batch_size", "beta": "beta"}
 # What is about requests only means nothing to a process that serves none.
-SKIPPED = ("seed", "slo_tpot_ms", "slo_ttft_ms", "train_step_ms", "share_forward", "enable_prefix_caching")
+SKIPPED = ("seed", "slo_tpot_ms", "slo_ttft_ms", "train_step_ms", "share_forward", "enable_prefix_caching",
+           "train_resident_bytes", "max_resident_runs", "train_spill_dir")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Task:
     """What is learnt from what."""
 
     data: str | None = option(None, "training file: JSONL of chats, prompts and completions, alpaca, sharegpt or text")
+    method: str = option(
+        "supervised", "what is learnt from a row: its answer, a preference, or a reward", choices=METHODS
+    )
+    grader: str | None = option(None, "JSON file of a grader, which gives answers their reward (reinforcement)")
     validation: str | None = option(None, "validation file, in the same format")
     format: str = option(
         "auto", "format of both files", choices=("auto", "chat", "completion", "alpaca", "sharegpt", "text")
@@ -49,12 +56,18 @@ class Recipe:
 
     epochs: int | None = option(None, "times the whole file is learnt (default: by its size)", low=1)
     batch_size: int | None = option(None, "rows in one optimiser step (default: by the file's size)", low=1)
-    learning_rate: float | None = option(None, "peak learning rate of AdamW (default: by the model's size)", low=0.0)
+    optimizer: str | None = option(
+        None, f"what makes a step of a gradient; mezo needs none (default: {DEFAULT.optimizer})",
+        choices=tuple(OPTIMIZER_RATES),
+    )  # fmt: skip
+    learning_rate: float | None = option(
+        None, "peak learning rate (default: by the model's size; sgd, adafactor and mezo have none)", low=0.0
+    )
     schedule: str | None = option(
         None, f"learning rate over the run (default: {DEFAULT.schedule})", choices=("constant", "linear", "cosine")
     )
     warmup_steps: int | None = option(None, "optimiser steps until the peak (default: 0)", low=0)
-    weight_decay: float | None = option(None, "of AdamW (default: 0)", low=0.0)
+    weight_decay: float | None = option(None, "of the optimizer (default: 0)", low=0.0)
     max_grad_norm: float | None = option(None, f"clip gradients (default: {DEFAULT.max_grad_norm}; 0: do not)", low=0.0)
     rank: int | None = option(None, f"rank of the LoRA adapter (default: {DEFAULT.rank})", low=1)
     alpha: float | None = option(None, "its scaling is alpha / rank (default: twice the rank)", low=0.0)
@@ -64,6 +77,12 @@ class Recipe:
     max_seq_len: int | None = option(None, "cut rows at this many tokens (default: the context)", low=2)
     checkpoint_every: int | None = option(None, "optimiser steps between checkpoints, beside each epoch's end", low=1)
     validate_every: int | None = option(None, "optimiser steps between validations, beside each checkpoint", low=1)
+    beta: float | None = option(
+        None, "how far dpo may go from where it began: less far with more (default: 0.1)", low=0.0
+    )
+    group_size: int | None = option(None, f"answers to a prompt (reinforcement; default: {GROUP_SIZE})", low=2)
+    max_tokens: int | None = option(None, f"tokens of an answer (reinforcement; default: {ANSWER_TOKENS})", low=1)
+    loss: str | None = option(None, "what learns from rewards (default: ppo)", choices=POLICY_LOSSES)
     priority: int | None = option(None, "each unit above others' doubles its share of the machine (default: 0)")
 
 
@@ -105,21 +124,41 @@ def run(namespace: argparse.Namespace) -> int:
         from tandem.cli import train_alone
 
         return train_alone.run(EngineConfig(model=model, cache=cache, training=training), task, extras(task, recipe),
-                               hyperparameters(recipe))  # fmt: skip
+                               hyperparameters(task, recipe), grader(task))  # fmt: skip
     is_given = "model" in vars(namespace) or "model" in entries or model.model != ModelConfig.model
     return _on_server(task, recipe, remote, model.model if is_given else None, model.seed)
 
 
-def hyperparameters(recipe: Recipe) -> dict[str, int]:
+def hyperparameters(task: Task, recipe: Recipe) -> dict[str, int]:
     """What OpenAI's API calls hyperparameters, as far as it was given."""
     given = {name: getattr(recipe, field) for field, name in HYPERPARAMETERS.items()}
+    if task.method == "reinforcement":
+        given["eval_interval"] = recipe.validate_every
     return {name: value for name, value in given.items() if value is not None}
+
+
+def grader(task: Task) -> dict[str, Any] | None:
+    """What the grader's file holds. Raises ConfigError where it is no JSON object, UsageError for one too many."""
+    if task.method != "reinforcement":
+        if task.grader is not None:
+            raise options.UsageError("--grader is for --method reinforcement: leave it out")
+        return None
+    if task.grader is None:
+        raise options.UsageError("--method reinforcement needs --grader FILE: what an answer is worth")
+    try:
+        found = json.loads(Path(task.grader).expanduser().read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read --grader {task.grader}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f'--grader {task.grader} must hold a JSON object, {{"type": ...}}')
+    return found
 
 
 def extras(task: Task, recipe: Recipe) -> dict[str, Any]:
     """The fields of TandemExtras that were given; the defaults of the others are known in one place."""
     given = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
-    given = {name: value for name, value in given.items() if name not in HYPERPARAMETERS}
+    unsaid = {*HYPERPARAMETERS, *(["validate_every"] if task.method == "reinforcement" else [])}
+    given = {name: value for name, value in given.items() if name not in unsaid}
     given = {name: value for name, value in given.items() if value is not None and value is not False and value != []}
     return given | ({} if task.format == "auto" else {"format": task.format})
 
@@ -131,6 +170,7 @@ def _check(task: Task, remote: Remote, given: set[str]) -> None:
     for flag, file in (("--data", task.data), ("--validation", task.validation)):
         if file is not None and not Path(file).expanduser().is_file():
             raise ConfigError(f"{flag} {file} is not a file")
+    grader(task)
     if remote.server is None:
         if remote.detach:
             raise options.UsageError("--detach needs --server: without one the run ends with this process")
@@ -156,7 +196,7 @@ def _on_server(task: Task, recipe: Recipe, remote: Remote, model: str | None, se
             "model": client.model_name(http, address),
             "training_file": _upload(http, task.data),
             "seed": seed,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters(recipe)}},
+            "method": {"type": task.method, task.method: _method(task, recipe)},
             "tandem": extras(task, recipe),
         }
         if task.validation:
@@ -174,6 +214,11 @@ def _on_server(task: Task, recipe: Recipe, remote: Remote, model: str | None, se
             options.note(f"\nThe job goes on without this command. {_manage(job_id, remote.server)}")
             raise
         return _conclude(http, job_id, task.output)
+
+
+def _method(task: Task, recipe: Recipe) -> dict[str, Any]:
+    judge = grader(task)
+    return {"hyperparameters": hyperparameters(task, recipe)} | ({} if judge is None else {"grader": judge})
 
 
 def _upload(http: httpx.Client, file: str) -> str:

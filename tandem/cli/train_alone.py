@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -22,6 +23,7 @@ from tandem.cli.train import Task, ended_badly
 from tandem.cli.train_output import METRICS_FILE, Output, digest
 from tandem.config import DEMO_MODEL, EngineConfig, JobsConfig
 from tandem.errors import ConfigError, EngineDead, TandemError
+from tandem.finetune import graders
 from tandem.jobs.adapters import read_shape
 from tandem.jobs.recipe import check
 from tandem.jobs.records import Job, JobRequest, TandemExtras
@@ -51,7 +53,10 @@ class Run:
     output: Output
 
 
-def run(engine: EngineConfig, task: Task, extras: dict[str, Any], hyperparameters: dict[str, Any]) -> int:
+def run(
+    engine: EngineConfig, task: Task, extras: dict[str, Any], hyperparameters: dict[str, Any],
+    grader: dict[str, Any] | None,
+) -> int:  # fmt: skip
     """Train to the end, or until a signal: then what is done so far waits in the output directory for the same command.
 
     Raises ConfigError, ModelError, BudgetError or InvalidRequest for what cannot be trained, TandemError where the job
@@ -65,11 +70,12 @@ def run(engine: EngineConfig, task: Task, extras: dict[str, Any], hyperparameter
         shape = dataclasses.asdict(read_shape(init_from))
     request = JobRequest(
         model=engine.model.model, training_file="", suffix=task.suffix, seed=engine.model.seed,
-        tandem=msgspec.convert(shape | extras, TandemExtras), **hyperparameters,
+        tandem=msgspec.convert(shape | extras, TandemExtras), method=task.method, grader=grader, **hyperparameters,
     )  # fmt: skip
     check(request)
     signature = {
         **_plain(request, "seed", "suffix", "n_epochs", "batch_size"),
+        **({} if task.method == "supervised" else _plain(request, "method", "beta", "grader", "eval_interval")),
         **_plain(request.tandem),
         **_plain(engine.model, "model", "revision", "tokenizer", "dtype", "max_model_len"),
         **_plain(task, "init_from", "chat_template"),
@@ -126,7 +132,10 @@ async def _train(this: Run) -> Job:
     from tandem.jobs.service import Jobs
 
     async with _engine(this) as (engine, tokenizer):
-        config = JobsConfig(state_dir=str(this.output.state), max_running_jobs=1, max_file_bytes=MAX_FILE_BYTES)
+        config = JobsConfig(
+            state_dir=str(this.output.state), max_running_jobs=1, max_file_bytes=MAX_FILE_BYTES,
+            grader_hosts=_hosts(this.request),
+        )  # fmt: skip
         jobs = await Jobs.open(config, engine, tokenizer, [this.request.model])
         try:
             job_id = await _job(jobs, this)
@@ -136,6 +145,12 @@ async def _train(this: Run) -> Job:
             return await jobs.job(job_id)
         finally:
             await jobs.close()
+
+
+def _hosts(request: JobRequest) -> list[str]:
+    """Whom the grader asks: whoever gives the command may allow it."""
+    leaves = graders.leaves(graders.parse(request.grader)).values() if request.grader else ()
+    return [urlsplit(leaf.url).hostname or "" for leaf in leaves if isinstance(leaf, graders.Endpoint)]
 
 
 @contextlib.asynccontextmanager

@@ -8,6 +8,7 @@ import pytest
 
 from tandem.__main__ import main
 from tandem.cli import doctor
+from tandem.engine import calibration
 
 X86 = "model name\t: A CPU\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n"
 
@@ -106,6 +107,23 @@ def test_one_failure_decides_the_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "memory_limit", lambda: 2**20)
     assert main(["doctor", "--skip-model", "--port", "0"]) == 1
     assert "FAIL memory" in capsys.readouterr().out
+
+
+def test_what_was_calibrated_is_shown(tmp_path):
+    assert "0 kept" in next(doctor.calibrations(tmp_path / "none")).text
+    made = calibration.Calibration(
+        model="some/model", key={"isa": "AVX512", "model": "0123456789abcdef"}, num_threads=6, decode_s=0.02,
+        steps=[(1, 16, 0, 1, 0.0201), (253, 16, 31878, 1, 0.5)], seconds=2.0,
+    )  # fmt: skip
+    calibration._save(tmp_path / "a.json", made)
+    (tmp_path / "b.json").write_text("{")
+    head, *rest = doctor.calibrations(tmp_path)
+    assert head.level == "ok" and head.text.startswith(f"{tmp_path}: 2 kept")
+    assert {finding.level for finding in rest} == {"ok", "warn"}
+    (good,) = (finding.text for finding in rest if finding.level == "ok")
+    assert good == "some/model: 6 threads, 1 tokens 20.1 ms, 253 tokens 500.0 ms; isa AVX512 (a.json)"
+    (bad,) = (finding.text for finding in rest if finding.level == "warn")
+    assert "b.json is damaged" in bad
 
 
 def test_missing_packages_are_named(monkeypatch):

@@ -15,6 +15,7 @@ REPORT = EngineReport(
     model="demo", architecture="LlamaForCausalLM", num_parameters=4_900_000, weight_bytes=9_800_000, load_s=0.2,
     device="x86_64", isa="AVX512+BF16", num_threads=2, dtype="bfloat16", block_size=16, num_blocks=1000,
     kv_bytes=32_000_000, max_model_len=2048, vocab_size=4096, max_num_seqs=64, kernels="torch",
+    calibration="measured in 2.1 s",
 )  # fmt: skip
 
 
@@ -22,7 +23,8 @@ def test_ready_lines_say_what_a_user_needs_in_few_lines():
     lines = startup.ready_lines(REPORT, ServerConfig(), 8123, 3.2, JobsConfig())
     text = "\n".join(lines)
     assert len(lines) <= 13  # with "loading" and a warning: at most 15
-    for word in ("4.9 M", "bfloat16", "9.8 MB", "0.2 s", "AVX512+BF16", "2 threads", "16,000 tokens", "64 sequences"):
+    for word in ("4.9 M", "bfloat16", "9.8 MB", "0.2 s", "AVX512+BF16", "2 threads", "16,000 tokens", "64 sequences",
+                 "calibration measured in 2.1 s"):  # fmt: skip
         assert word in text, word
     assert "export OPENAI_BASE_URL=http://127.0.0.1:8123/v1" in lines and "export OPENAI_API_KEY=none" in lines
     assert "export TINKER_BASE_URL=http://127.0.0.1:8123 TINKER_API_KEY=tml-none" in lines

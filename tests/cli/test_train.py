@@ -18,6 +18,7 @@ from tandem.cli import axolotl, follow
 from tandem.config import options_of
 from tandem.engine.client import EngineClient
 from tandem.errors import BudgetError, ConfigError
+from tandem.jobs.recipe import OPTIMIZER_RATES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 from fake_engine import FakeEngine  # noqa: E402
@@ -62,14 +63,15 @@ def test_a_job_on_a_server_is_what_was_asked_for(server, data, capsys):
     options = "--rank 8 --alpha 16 --target-modules q_proj v_proj --epochs 3 --batch-size 4 --learning-rate 1e-3"
     more = "--schedule cosine --warmup-steps 0 --dropout 0.1 --max-seq-len 64 --suffix mine --seed 7 --use-rslora"
     argv = ["train", "--server", server.url, "--data", str(data), "--validation", str(data), "--model", "big"]
+    argv += ["--optimizer", "lion"]
     assert main([*argv, *options.split(), *more.split(), "--format", "completion", "--api-key", "k"]) == 0
     (body,) = server.bodies("POST /v1/fine_tuning/jobs")
     assert body == {
         "model": "big", "training_file": "file-train", "validation_file": "file-valid", "suffix": "mine", "seed": 7,
         "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 4}}},
         "tandem": {"rank": 8, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"], "learning_rate": 1e-3,
-                   "schedule": "cosine", "warmup_steps": 0, "dropout": 0.1, "max_seq_len": 64, "use_rslora": True,
-                   "format": "completion"},
+                   "optimizer": "lion", "schedule": "cosine", "warmup_steps": 0, "dropout": 0.1, "max_seq_len": 64,
+                   "use_rslora": True, "format": "completion"},
         "key": "Bearer k",
     }  # fmt: skip
     upload = server.bodies("POST /v1/files")[0]
@@ -153,6 +155,11 @@ class AloneEngine(FakeEngine):
         self.report = SimpleNamespace(hidden_size=512, max_model_len=256, architecture="Fake", num_parameters=1,
                                       dtype="float32", device="cpu", num_threads=1)  # fmt: skip
         self.death = asyncio.Event()
+        self.kinds = set()
+
+    def _update(self, run_id, params):
+        self.kinds.add(params[0].kind if isinstance(params, tuple) else params.kind)
+        return super()._update(run_id, params)
 
     async def wait_dead(self):
         await self.death.wait()
@@ -205,6 +212,24 @@ def test_alone_the_seed_decides(alone, data, tmp_path):
         assert main(["train", "--data", str(data), "--epochs", "1", "--output", name, "--seed", str(seed)]) == 0
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_text() for name in "abc")
     assert a == b != c
+
+
+@pytest.mark.parametrize("kind", OPTIMIZER_RATES)
+def test_alone_by_any_optimizer(alone, data, kind):
+    started = alone()
+    argv = ["train", "--data", str(data), "--epochs", "1", "--output", "out", "--optimizer", kind]
+    assert main([*argv, "--learning-rate", "1e-3"]) == 0
+    (engine,) = started
+    if kind == "mezo":  # forward passes alone: no gradient, no update
+        assert {"probe"} == {name for name, *_ in engine.calls} & {"probe", "forward_backward", "optim_step"}
+    else:
+        assert engine.kinds == {kind}
+
+
+def test_alone_an_optimizer_without_a_usual_rate_wants_one(alone, data, capsys):
+    started = alone()
+    assert main(["train", "--data", str(data), "--optimizer", "mezo"]) == 1
+    assert "mezo has no learning rate that suits most models: give one" in capsys.readouterr().err and not started
 
 
 def test_alone_from_an_adapter(alone, data, tmp_path):
@@ -386,9 +411,14 @@ def test_axolotls_keys():
         "model": "big/model", "data": "facts.jsonl", "validation": "facts.jsonl", "format": "chat", "rank": 32,
         "alpha": 64, "dropout": 0.05, "target_modules": ["all-linear"], "max_seq_len": 128, "batch_size": 8,
         "epochs": 3, "learning_rate": "2e-4", "schedule": "cosine", "warmup_steps": 10, "weight_decay": 0.01,
-        "output": "here",
+        "output": "here", "optimizer": "adamw",
     }  # fmt: skip
     assert [line.split()[1] for line in notes] == ["adapter", "sample_packing"]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("adamw_bnb_8bit", "adamw8bit"), ("lion_pytorch", "lion"), ("mezo",) * 2])
+def test_optimizers_by_axolotls_names_and_our_own(theirs, ours):
+    assert translate(f"optimizer: {theirs}") == {"optimizer": ours}
 
 
 def test_our_own_keys_pass_with_either_dash():
@@ -411,7 +441,7 @@ def test_our_own_keys_pass_with_either_dash():
         ("datasets: [{path: a, type: alpaca}]\ntest_datasets: [{path: b, type: sharegpt}]", "another type"),
         ("micro_batch_size: 0", "at least 1"),
         ("lr_scheduler: one_cycle", "must be one of constant"),
-        ("optimizer: lion", "must be one of adamw_torch"),
+        ("optimizer: lamb", "must be one of adamw_torch"),
     ],
 )
 def test_nothing_in_a_config_is_dropped(text, words):
@@ -427,3 +457,63 @@ def test_a_config_file_trains_and_flags_win(server, data, capsys):
     Path("c.yaml").write_text("lora_r: many\n")
     assert main(["train", "c.yaml", "--data", data.name]) == 3
     assert "c.yaml: rank must be a whole number" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- methods
+
+
+GRADER = {"type": "string_check", "name": "x", "input": "{{sample.output_text}}", "reference": "{{item.answer}}",
+          "operation": "ne"}  # fmt: skip
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"Fact {i}?"}], "answer": str(i)} for i in range(8)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "grader.json").write_text(json.dumps(GRADER))
+    return ["train", "--data", "questions.jsonl", "--method", "reinforcement", "--grader", "grader.json"]
+
+
+def test_reinforcement_on_a_server(server, questions):
+    flags = "--group-size 4 --max-tokens 9 --loss cispo --validate-every 3 --epochs 2 --detach"
+    assert main([*questions, "--server", server.url, *flags.split()]) == 0
+    (body,) = server.bodies("POST /v1/fine_tuning/jobs")
+    assert body["method"] == {
+        "type": "reinforcement",
+        "reinforcement": {"hyperparameters": {"n_epochs": 2, "eval_interval": 3}, "grader": GRADER},
+    }
+    assert body["tandem"] == {"group_size": 4, "max_tokens": 9, "loss": "cispo"}
+
+
+def test_preferences_on_a_server(server, data):
+    argv = ["train", "--data", str(data), "--server", server.url, "--detach", "--method", "dpo", "--beta", "0.3"]
+    assert main(argv) == 0
+    (body,) = server.bodies("POST /v1/fine_tuning/jobs")
+    assert body["method"] == {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3}}} and body["tandem"] == {}
+
+
+def test_reinforcement_alone(alone, questions, capsys):
+    argv = [*questions, "--max-tokens", "3", "--epochs", "2", "--batch-size", "4", "--output", "out"]
+    assert main(argv) == 0
+    assert Path("out/adapter_model.safetensors").exists()
+    assert "Step 4/4: mean reward=1.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "content", "code", "words"),
+    [
+        (["--method", "supervised"], GRADER, 2, "--method reinforcement"), ([], [1], 3, "JSON object"),
+        ([], None, 3, "cannot read"), ([], GRADER | {"operation": "x"}, 1, "operation"),
+        ([], GRADER | {"reference": "{{item.none}}"}, 1, "questions.jsonl:1: has no item.none"),
+        ([], {"type": "python"}, 1, "endpoint"), (["--beta", "0.1"], GRADER, 1, "dpo"),
+    ],
+)  # fmt: skip
+def test_reinforcement_that_cannot_work(alone, questions, capsys, flags, content, code, words):
+    Path("grader.json").write_text("{" if content is None else json.dumps(content))
+    assert main([*questions, *flags]) == code
+    assert words in "".join(capsys.readouterr())
+
+
+def test_reinforcement_wants_a_grader(questions, capsys):
+    assert main(questions[:-2]) == 2
+    assert "--grader" in capsys.readouterr().err
