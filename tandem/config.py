@@ -59,6 +59,10 @@ class ModelConfig:
     cpu_isa: str = option(
         "auto", "instruction set of the CPU kernels", choices=("auto", "amx", "avx512", "avx2", "torch")
     )
+    autotune: str = option(
+        "auto", "start-up calibration: auto keeps it in the user's cache directory, again measures afresh, off keeps "
+        "nothing, measures at every start and uses all cores", choices=("auto", "again", "off"),
+    )  # fmt: skip
     seed: int = option(0, "seeds the random numbers of requests that bring no seed")
 
 
@@ -112,9 +116,21 @@ class TrainingConfig:
     train_memory_bytes: int | None = option(
         None, "bytes for what training keeps between forward and backward (default: a share of the free memory)", low=1
     )
-    train_batch_tokens: int = option(1024, "tokens of training sequences that go through the layers together", low=1)
+    train_batch_tokens: int = option(512, "tokens of training sequences that go through the layers together", low=1)
     train_window: int | None = option(
         None, "tokens of one training slice at most (default: what the time allows, up to 512)", low=1
+    )
+    train_resident_bytes: int | None = option(
+        None, "bytes for the weights, gradients and optimizer state of open training runs; those used least recently "
+        "are kept on disk beyond it (default: a share of the free memory)", low=1,
+    )  # fmt: skip
+    max_resident_runs: int | None = option(None, "open training runs in memory at once, in any case", low=1)
+    train_spill_dir: str | None = option(
+        None, "directory for the state of training runs that is not in memory (default: below the state directory of a "
+        "server, else a temporary one); empty again at the end",
+    )  # fmt: skip
+    share_prefixes: bool = option(
+        True, "examples of a pass that begin with the same tokens go through the layers once up to where they part"
     )
     share_forward: bool = option(True, "training tokens ride in the forward passes of serving")
     deterministic: bool = option(
@@ -144,6 +160,9 @@ class JobsConfig:
     organization: str = option("tandem", "the organization in the names of fine-tuned models")
     max_running_jobs: int = option(4, "jobs training at once; the others wait", low=1)
     max_file_bytes: int = option(512 * 2**20, "largest uploaded file accepted, in bytes", low=1)
+    grader_hosts: list[str] = option(
+        [], "hosts that graders of type endpoint may ask, as name or name:port (default: none)", metavar="HOST"
+    )
 
 
 @dataclass(frozen=True)
@@ -164,6 +183,12 @@ class ServerConfig:
         "warning", "log level of the HTTP server", choices=("critical", "error", "warning", "info", "debug", "trace")
     )
     disable_log_stats: bool = option(False, "no periodic line with throughput and cache use")
+
+
+def cache_dir() -> Path:
+    """Where files go that can be made again: `tandem` in the user's cache directory (XDG_CACHE_HOME, or ~/.cache)."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "tandem"
 
 
 # From text to fields. A flag, a variable and a file entry go through the same conversion and the same checks.

@@ -187,5 +187,9 @@ class Exposition:
         yield self._gauge("tandem:slo_tpot_seconds", "Target of the time per output token.", self._report.slo_tpot_s)
         yield self._gauge("tandem:slo_ttft_seconds", "Target of the time to first token.", self._report.slo_ttft_s)
         yield self._gauge("tandem:training_runs", "Open training runs.", stats.num_runs)
+        yield self._gauge("tandem:training_runs_spilled", "Open training runs not in memory.", stats.num_spilled)
+        yield self._gauge(
+            "tandem:training_run_bytes", "Memory of open training runs' state, in bytes.", stats.run_bytes
+        )
         yield self._counter("tandem:training_tokens", "Tokens trained on.", stats.train_tokens)
         yield self._counter("tandem:training_seconds", "Seconds spent in training slices.", stats.train_s)

@@ -40,13 +40,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A prompt as token ids, and what to do with it. `adapter` is a name (None: the base model)."""
+    """A prompt as token ids, and what to do with it. `adapter` is a name (None: the base model).
+
+    `keep_for_training`: what comes of it is going to be trained on. Where the adapter is an open run's as it is now, a
+    pass over the prompt and an answer need not go forward again until the run's next update.
+    """
 
     request_id: str
     prompt: list[int]
     sampling: SamplingParams = SamplingParams()
     adapter: str | None = None
     priority: int = 0
+    keep_for_training: bool = False
 
 
 class Example(msgspec.Struct, frozen=True, array_like=True):
@@ -137,13 +142,16 @@ class Update(msgspec.Struct, frozen=True, tag=True):
 class Probe(msgspec.Struct, frozen=True, tag=True):
     """One step without gradients (MeZO, `finetune/zeroth.py`): the loss of the examples at both ends of a line through
     the weights, `radius` away in a direction drawn from `seed`, and a step along it. Of `params` the learning rate,
-    the weight decay and `max_grad_norm` count, here the largest slope. What passes have added up stays as it is."""
+    the weight decay and `max_grad_norm` count, here the largest slope. What passes have added up stays as it is.
+
+    The radius is the paper's for LoRA factors. With its 1e-3 for whole models, a loss computed in bfloat16 differs by
+    less than its rounding between the two ends."""
 
     run_id: str
     examples: list[Example]
     params: OptimParams
     seed: int
-    radius: float = 1e-3
+    radius: float = 1e-2
     loss: str = "cross_entropy"
     loss_params: dict[str, float] = {}
 
@@ -192,8 +200,7 @@ TrainOp = Pass | Update | Probe | Save | Restore | Publish
 # ---------------------------------------------------------------- what one step does
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, gc=False):
     """One sequence's slice of the flat batch: `length` tokens from position `start`.
 
     `samples`: the logits of the last token are wanted (the slice reaches the end of what is known).
@@ -245,12 +252,12 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(s.length for s in self.segments)
+        return sum([s.length for s in self.segments])
 
     @property
     def requests(self) -> tuple[Segment, ...]:
         """The segments of requests' rows, without those of training."""
-        return tuple(s for s in self.segments if s.row >= 0)
+        return tuple([s for s in self.segments if s.row >= 0])
 
 
 class TopLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -299,7 +306,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
-    """The engine's counters and gauges after a step. Counters only grow."""
+    """The engine's counters and gauges after a step. Counters only grow. `train_parts_s`: seconds by kind of slice."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -317,8 +324,11 @@ class EngineStats(msgspec.Struct, kw_only=True):
     running_adapters: list[str] = []
     waiting_adapters: list[str] = []
     num_runs: int = 0
+    num_spilled: int = 0
+    run_bytes: int = 0
     train_tokens: int = 0
     train_s: float = 0.0
+    train_parts_s: dict[str, float] = {}
     tpot_p95_s: float = 0.0
     ttft_p95_s: float = 0.0
 
@@ -347,6 +357,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     slo_ttft_s: float = 0.0
     eos_token_ids: list[int] = []
     kernels: str = ""
+    calibration: str = ""
     adapter_names: list[str] = []
 
 

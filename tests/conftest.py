@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # No test may touch the state of the person who runs it; removed when Python ends.
 _STATE = tempfile.TemporaryDirectory(prefix="tandem-tests-")
 os.environ["TANDEM_STATE_DIR"] = _STATE.name
+os.environ["XDG_CACHE_HOME"] = f"{_STATE.name}/cache"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,8 @@ ENGINE_FLAGS = """
     --num-blocks --gpu-memory-utilization --enable-prefix-caching --max-num-seqs --max-num-batched-tokens
     --max-num-queued-reqs --max-wait-s --lora-modules --max-loras --max-lora-rank --max-cpu-loras --lora-root
     --slo-tpot-ms --slo-ttft-ms --train-step-ms --train-memory-bytes --train-batch-tokens --train-window
-    --share-forward --deterministic --quantization --cpu-isa --kv-cache-dtype
+    --share-forward --share-prefixes --deterministic --quantization --cpu-isa --kv-cache-dtype --train-resident-bytes
+    --max-resident-runs --train-spill-dir --autotune
 """
 SERVER = "--server --api-key"
 FLAGS = {
@@ -19,16 +20,17 @@ FLAGS = {
         --model --demo --config {ENGINE_FLAGS} --host --port --api-key --served-model-name --chat-template --root-path
         --allowed-origins --max-body-bytes --vllm-metrics --uvicorn-log-level --disable-log-stats
         --trust-request-chat-template --state-dir --database-url --organization --max-running-jobs
-        --max-file-bytes""",
+        --max-file-bytes --grader-hosts""",
     "chat": "--quick --url --api-key --model-name --system-prompt --max-tokens --temperature",
     "complete": "--quick --url --api-key --model-name --max-tokens --temperature",
     "train": f"""
         {SERVER} --data --validation --model --output --init-from --suffix --detach --epochs --batch-size
+        --method --grader --beta --group-size --max-tokens --loss
         --learning-rate --rank --alpha --target-modules --use-rslora --dropout --max-seq-len --schedule --warmup-steps
         --weight-decay --max-grad-norm --priority --checkpoint-every --validate-every --format --seed
         --tokenizer --revision --dtype --device --max-model-len --num-threads --chat-template --block-size
         --kv-cache-memory-bytes --num-blocks --gpu-memory-utilization --train-memory-bytes --train-batch-tokens
-        --train-window --deterministic --quantization --cpu-isa --kv-cache-dtype""",
+        --train-window --share-prefixes --deterministic --quantization --cpu-isa --kv-cache-dtype --autotune""",
     "jobs ls": f"{SERVER} --json --limit",
     "jobs show": f"{SERVER} --json",
     "jobs logs": f"{SERVER} --follow",
@@ -57,8 +59,8 @@ FLAGS = {
         --device --max-model-len --num-threads --seed --block-size --kv-cache-memory-bytes --num-blocks
         --gpu-memory-utilization --max-num-seqs --max-num-batched-tokens --max-num-queued-reqs --max-wait-s
         --lora-modules --max-loras --max-lora-rank --max-cpu-loras --lora-root --slo-tpot-ms --train-step-ms
-        --train-memory-bytes --train-batch-tokens --train-window --deterministic
-        --quantization --cpu-isa --kv-cache-dtype""",
+        --train-memory-bytes --train-batch-tokens --train-window --share-prefixes --deterministic
+        --quantization --cpu-isa --kv-cache-dtype --autotune""",
     "bench memory": "--model --demo --length --window --rank --json --revision --dtype",
     "doctor": "--skip-model --host --port",
     "version": "",

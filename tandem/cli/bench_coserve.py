@@ -26,7 +26,10 @@ def parser(prog: str) -> options.Parser:
     options.add_config_file(made)
     options.add(made, CoserveOptions, PeerOptions)
     # What the measurement itself decides.
-    options.add(made, EngineConfig, skip=("model", "share_forward", "slo_ttft_ms", "enable_prefix_caching"))
+    options.add(made, EngineConfig, skip=(
+        "model", "share_forward", "slo_ttft_ms", "enable_prefix_caching",
+        "train_resident_bytes", "max_resident_runs", "train_spill_dir",
+    ))  # fmt: skip
     return made
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tandem import __version__
 from tandem.cli import options, serve
-from tandem.config import EngineConfig, ServerConfig
+from tandem.config import EngineConfig, ServerConfig, cache_dir
 from tandem.errors import ConfigError, TandemError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "fastapi", "uvicorn", "pydantic", "msgspec", "pyzmq")
@@ -28,6 +28,8 @@ ISA = {"avx2": "AVX2", "avx512f": "AVX512", "avx512_bf16": "BF16", "avx512_vnni"
 CPU_TORCH = "pip install --force-reinstall torch=={version} --index-url URL"
 CPU_INDEX = "URL is the index of CPU builds that pytorch.org names"
 GIB = 2**30
+SHOWN = 5  # calibrations
+UNSAID = ("cpu flags", "model", "kernels", "chooses threads")  # of their keys: hashes, and what is seen anyway
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def findings(server: ServerConfig, with_model: bool) -> Iterator[Finding]:
     yield kernels()
     if with_model:
         yield smoke_test()
+    yield from calibrations(cache_dir() / "calibration")
 
 
 def versions() -> Iterator[Finding]:
@@ -201,6 +204,22 @@ def smoke_test() -> Finding:
         f"embedded model: ready in {loaded - start:.1f} s, {rate:.0f} tokens/s alone, {report.isa}, "
         f"{report.num_threads} threads, {report.kernels}; a request's text {same}",
     )  # fmt: skip
+
+
+def calibrations(folder: Path) -> Iterator[Finding]:
+    """What start-up has measured of each model, newest first; the newest few."""
+    from tandem.engine import calibration
+
+    files = calibration.kept(folder)
+    yield Finding("ok", "tuning", f"{folder}: {len(files)} kept (--autotune again measures afresh)")
+    for path, found in files[:SHOWN]:
+        if found is None:
+            yield Finding("warn", "tuning", f"{path.name} is damaged; the model's next start replaces it")
+            continue
+        at = ", ".join(f"{tokens} tokens {1e3 * seconds:.1f} ms" for tokens, *_, seconds in found.steps)
+        key = ", ".join(f"{name} {value}" for name, value in found.key.items() if name not in UNSAID)
+        text = f"{found.model}: {found.num_threads} threads, {at}; {key} ({path.name})"
+        yield Finding("ok", "tuning", text)
 
 
 def _available_memory() -> int:

@@ -127,14 +127,16 @@ def line(event: Event, pace: Pace) -> str:
     if event.type == "metrics" and event.data:
         if "step" in event.data:
             pace.add(event.created_at, event.data["step"])
-        words += figures(event.data, pace, with_loss="loss" not in event.message)
+        is_said = "loss" in event.message or "reward" in event.message
+        words += figures(event.data, pace, with_loss=not is_said)
     level = "" if event.level == "info" else event.level.upper() + " "
     return f"{when} {level}{', '.join(words)}"
 
 
 def figures(data: dict[str, Any], pace: Pace, with_loss: bool) -> list[str]:
     """The figures of a metrics event in words, as far as it has them."""
-    losses = [("loss {:.4f}", "train_loss"), ("validation loss {:.4f}", "valid_loss")] if with_loss else []
+    rewards = [("reward {:.3f}", "train_mean_reward"), ("validation reward {:.3f}", "valid_mean_reward")]
+    losses = [*rewards, ("loss {:.4f}", "train_loss"), ("validation loss {:.4f}", "valid_loss")] if with_loss else []
     speeds = [("{:.0f} tokens/s", "tokens_per_s"), ("serving p95 {:.0f} ms", "serving_tpot_p95_ms")]
     # A p95 of 0 says that nothing is served.
     found = [form.format(data[name]) for form, name in losses + speeds if data.get(name)]

@@ -11,7 +11,8 @@ import contextlib
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem import __version__
@@ -47,7 +48,15 @@ def run(namespace: argparse.Namespace) -> int:
     one_model(namespace)
     engine_config, server_config, jobs_config = options.resolve(namespace, EngineConfig, ServerConfig, JobsConfig)
     check_names(engine_config, server_config)
+    engine_config = with_spill_dir(engine_config, jobs_config)
     return asyncio.run(_serve(engine_config, server_config, jobs_config))
+
+
+def with_spill_dir(engine_config: EngineConfig, jobs_config: JobsConfig) -> EngineConfig:
+    """Runs that are not in memory go to the state directory's disk, unless somebody says where."""
+    training = engine_config.training
+    folder = training.train_spill_dir or str(Path(jobs_config.state_dir).expanduser() / "runs")
+    return replace(engine_config, training=replace(training, train_spill_dir=folder))
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

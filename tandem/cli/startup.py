@@ -49,7 +49,8 @@ def ready_lines(report: EngineReport, config: ServerConfig, port: int, seconds: 
     lines = [
         f"Model    {report.architecture}, {report.num_parameters / 1e6:,.1f} M parameters, {report.dtype}, "
         f"{size(report.weight_bytes)} loaded in {report.load_s:.1f} s",
-        f"Device   {report.device}, {report.isa}, {report.num_threads} threads{invariance}",
+        f"Device   {report.device}, {report.isa}, {report.num_threads} threads{invariance}; "
+        f"calibration {report.calibration}",
         f"Kernels  {report.kernels}",
         f"KV cache {report.num_blocks:,} blocks x {report.block_size} = {tokens:,} tokens ({size(report.kv_bytes)}); "
         f"context {report.max_model_len:,}: {tokens / report.max_model_len:.1f} full ones, "

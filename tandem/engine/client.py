@@ -256,7 +256,7 @@ class EngineClient:
         return self._ask(lambda call_id: messages.Train(call_id, Update(run_id, params)))
 
     def probe(
-        self, run_id: str, examples: list[Example], params: OptimParams, seed: int, radius: float = 1e-3
+        self, run_id: str, examples: list[Example], params: OptimParams, seed: int, radius: float = 1e-2
     ) -> asyncio.Future[PassReport]:
         """One step without gradients: forward passes alone, which ride in serving's (see `work.Probe`)."""
         return self._ask(

@@ -9,14 +9,15 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tandem.config import EngineConfig
+from tandem.config import EngineConfig, cache_dir
+from tandem.engine.calibration import calibrate
 from tandem.engine.pace import Pace
 from tandem.engine.sampler import Draw
 from tandem.engine.training import Report, Training
@@ -67,10 +68,16 @@ ENOUGH_FINISHED = 8
 class Engine:
     """A model being served. `submit` requests, call `step` while `has_work`; each step returns the news.
 
+    `owns_process`: the number of torch's threads, which is the whole process's, may be chosen by the calibration.
     Raises ModelError or ConfigError where the model cannot run here.
     """
 
-    def __init__(self, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: Callable[[int, int], None] | None = None,
+        owns_process: bool = False,
+    ) -> None:
         self.config = config
         self.worker = Worker(
             config.model, config.cache, config.scheduler, config.adapters, config.training, on_progress
@@ -78,7 +85,12 @@ class Engine:
         self.blocks = BlockPool(self.worker.num_blocks, config.cache.block_size, config.cache.enable_prefix_caching)
         self.adapters = AdapterTable(config.adapters.max_cpu_loras)
         self.state = State(self.worker.spec.eos_token_ids, self.worker.max_model_len)
-        cost = budget.fit([Measurement(Load(*load), seconds) for *load, seconds in self.worker.measure()])
+        self.calibration = calibrate(
+            self.worker, config.model.model, config.model.autotune, cache_dir() / "calibration",
+            self.worker.num_threads, may_choose=owns_process and self.worker.may_choose_threads,
+        )  # fmt: skip
+        cost = budget.fit([Measurement(Load(*load), seconds) for *load, seconds in self.calibration.steps])
+        self.worker.clear_cache()
         arena.return_free_memory()  # what loading and measuring took
         self.limits = policy.Limits(
             max_num_seqs=config.scheduler.max_num_seqs,
@@ -99,6 +111,7 @@ class Engine:
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
         self._arrived: dict[int, float] = {}  # monotonic seconds, of rows never admitted
         self._queued: dict[tuple[str, int], float] = {}  # seconds in the queue, of rows without an event yet
+        self._known_inputs: dict[int, RowInput] = {}  # of rows that run; what they refer to grows by itself
 
     @property
     def report(self) -> EngineReport:
@@ -108,6 +121,7 @@ class Engine:
             adapter_names=self.adapters.names(),
             slo_tpot_s=self.pace.tpot_s,
             slo_ttft_s=self.pace.ttft_s,
+            calibration=self.calibration.origin,
         )
 
     @property
@@ -117,6 +131,10 @@ class Engine:
     @property
     def is_serving(self) -> bool:
         return self.state.num_running + self.state.num_waiting > 0
+
+    def close(self) -> None:
+        """Remove what runs have on disk while they are open. Nothing can be trained afterwards."""
+        self.training.residents.close_all()
 
     # ------------------------------------------------------------ requests
 
@@ -197,9 +215,14 @@ class Engine:
 
     # ------------------------------------------------------------ the step
 
-    def step(self, deliver: Callable[[list[TokenEvent]], None] | None = None) -> list[TokenEvent]:
+    def step(
+        self,
+        deliver: Callable[[list[TokenEvent]], None] | None = None,
+        somebody_waits: Callable[[], bool] = lambda: False,
+    ) -> list[TokenEvent]:
         """One iteration: everything that runs advances, within the plan's limits. `deliver` gets the news as soon as
-        the forward pass is done, before the training slices; they are returned too."""
+        the forward pass is done, before the training slices; they are returned too. `somebody_waits` is asked between
+        slices: a request that has arrived waits for one of them, not for all."""
         self.training.begin()
         self._forget(self.training.take_gone())
         snapshot, limits = self._snapshot(), replace(self.limits, train=self.training.limits)
@@ -211,7 +234,7 @@ class Engine:
         events = self._commit(plan, result)
         if deliver is not None:
             deliver(events)
-        self.training.run(plan)
+        self.training.run(plan, somebody_waits)
         return events
 
     def _snapshot(self) -> policy.Snapshot:
@@ -228,7 +251,16 @@ class Engine:
             return StepResult()
         rank_rows = self._activate(plan)
         inputs = self._inputs(plan) | self.training.inputs(plan)
-        return self.worker.step(plan, inputs, copies, rank_rows, self.training.recorder(plan))
+        recorder = self.training.recorder(plan, self._keeping(inputs))
+        return self.worker.step(plan, inputs, copies, rank_rows, recorder)
+
+    def _keeping(self, inputs: Mapping[int, RowInput]) -> dict[int, RowInput]:
+        """The rows of requests that are going to be trained on."""
+        if not self.worker.keeps_keys_exact:
+            return {}
+        return {
+            row: each for row, each in inputs.items() if row >= 0 and self.state.row(row).request.keep_for_training
+        }
 
     def _activate(self, plan: StepPlan) -> dict[int, tuple[int, int]]:
         """Rank rows of every adapter version in the plan; versions new to the pool are copied in."""
@@ -241,19 +273,25 @@ class Engine:
     def _inputs(self, plan: StepPlan) -> dict[int, RowInput]:
         inputs = {}
         for segment in plan.requests:
-            row = self.state.row(segment.row)
-            draw = Draw(
-                row.request.sampling, row.seed, row.index, row.tokens, row.num_prompt, self.worker.spec.eos_token_ids
-            )
-            inputs[segment.row] = RowInput(
-                row.tokens, self.blocks.table(segment.row), row.version, draw, row.wants_prompt_logprobs
-            )
+            row, blocks = self.state.row(segment.row), self.blocks.table(segment.row)
+            known = self._known_inputs.get(segment.row)
+            if known is None or known.blocks is not blocks or known.scores != row.wants_prompt_logprobs:
+                known = self._known_inputs[segment.row] = self._input(row, blocks)
+            inputs[segment.row] = known
         return inputs
 
+    def _input(self, row: Row, blocks: Sequence[int]) -> RowInput:
+        draw = Draw(
+            row.request.sampling, row.seed, row.index, row.tokens, row.num_prompt, self.worker.spec.eos_token_ids
+        )
+        return RowInput(row.tokens, blocks, row.version, draw, row.wants_prompt_logprobs)
+
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
-        rows = [self.state.row(segment.row) for segment in plan.requests]
+        requests = plan.requests
+        rows = [self.state.row(segment.row) for segment in requests]
         events, finished = self.state.commit(plan, result)
-        events = self._with_queue_time([row for row in rows if row.row_id in plan.admit], result, events)
+        admitted = [row for row in rows if row.row_id in plan.admit] if plan.admit else []
+        events = self._with_queue_time(admitted, result, events)
         for row in rows:
             self.blocks.commit(row.row_id, row.version, row.tokens, row.num_computed)
         self.pace.commit(rows, finished, time.monotonic())
@@ -261,32 +299,32 @@ class Engine:
         self._release(finished)
         if plan.segments:
             self._correct(plan, result.seconds)
-        if plan.requests:
+        if requests:
             self._recent.append((result.seconds + plan.slices_s, len(finished)))
         # What a preempted row computes again is no news.
         num_prompt_tokens = sum(
-            max(0, min(segment.stop, row.num_prompt) - segment.start)
-            for row, segment in zip(rows, plan.requests, strict=True)
-            if not row.preempted
+            min(segment.stop, row.num_prompt) - segment.start
+            for row, segment in zip(rows, requests, strict=True)
+            if segment.start < row.num_prompt and not row.preempted
         )
         self._count(plan, result, events, num_prompt_tokens)
         return events
 
     def _stall_s(self, plan: StepPlan, seconds: float) -> float:
         """How much longer a step took than its decodes alone, if there was a prompt in it."""
-        decodes = [segment for segment in plan.requests if segment.length == 1]
-        if len(decodes) == len(plan.requests):
+        requests = plan.requests
+        decodes = [segment for segment in requests if segment.length == 1]
+        if len(decodes) == len(requests):
             return 0.0
         return max(seconds - self.limits.cost.predict(decodes), 1e-9)
 
     def _correct(self, plan: StepPlan, seconds: float) -> None:
-        """Learn from a step: what serving takes where it was alone, else what riding adds to it."""
+        """Learn from a step: what serving takes where it was alone, else what riding adds beyond its tokens."""
         cost = self.limits.cost
         if len(plan.requests) == len(plan.segments):
             self.limits = replace(self.limits, cost=cost.corrected(plan.predicted_s, seconds))
         else:
-            alone_s = cost.predict(plan.requests)
-            self.training.learn_ride(plan.predicted_s - alone_s, seconds - alone_s)
+            self.training.learn_ride(seconds - cost.predict(plan.segments), seconds)
 
     def _with_queue_time(
         self, admitted: Sequence[Row], result: StepResult, events: list[TokenEvent]
@@ -307,6 +345,7 @@ class Engine:
     def _release(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._arrived.pop(row.row_id, None)
+            self._known_inputs.pop(row.row_id, None)
             self._queued.pop((row.request.request_id, row.index), None)
             self.pace.forget(row.row_id)
             self.blocks.release(row.row_id)
@@ -335,6 +374,9 @@ class Engine:
         stats.predicted_wait_s = self._predicted_wait()
         stats.ttft_p95_s, stats.tpot_p95_s = self.pace.p95_s(time.monotonic())
         stats.num_runs, stats.train_tokens, stats.train_s = self.training.figures
+        stats.train_parts_s = dict(self.training.parts_s)
+        stats.num_spilled = self.training.residents.num_spilled
+        stats.run_bytes = self.training.residents.residency.used_bytes
         stats.running_adapters = self._adapter_names(self.state.running)
         stats.waiting_adapters = self._adapter_names(self.state.waiting)
         return stats
@@ -367,6 +409,7 @@ class Engine:
         """The idle integrity check: every block and pin accounted for. Raises AssertionError."""
         self.blocks.check()
         self.adapters.check()
+        self.training.residents.check()
         if not self.is_serving and not self.training.num_blocks:
             assert self.blocks.num_used == 0, f"{self.blocks.num_used} blocks leaked"
             assert self.adapters.num_pins == 0, f"{self.adapters.num_pins} adapter pins leaked"
@@ -380,7 +423,7 @@ class Engine:
                 f"sequences of {longest} tokens exceed the context of {self.worker.max_model_len}: lower max_seq_len",
                 "max_seq_len",
             )
-        return self.worker.trainer.check(lora, longest)
+        return self.training.check_run(lora, longest)
 
     def open_run(
         self,
@@ -437,7 +480,7 @@ class Engine:
         return self._finish(Update(run_id, params))
 
     def probe(
-        self, run_id: str, examples: Sequence[Example], params: OptimParams, seed: int, radius: float = 1e-3
+        self, run_id: str, examples: Sequence[Example], params: OptimParams, seed: int, radius: float = 1e-2
     ) -> PassReport:
         """One step without gradients, stepping until it is done. Raises Diverged."""
         return self._finish(Probe(run_id, list(examples), params, seed, radius))

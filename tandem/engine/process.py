@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,8 @@ def main(inbox_address: str, outbox_address: str, parent: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     folder = Path(inbox_address.removeprefix("ipc://")).parent
-    threading.Thread(target=_die_with_parent, args=(parent, folder), daemon=True).start()
+    clean_up: list[Callable[[], object]] = [lambda: shutil.rmtree(folder, ignore_errors=True)]
+    threading.Thread(target=_die_with_parent, args=(parent, clean_up), daemon=True).start()
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     inbox.connect(inbox_address)
@@ -51,7 +52,7 @@ def main(inbox_address: str, outbox_address: str, parent: int) -> int:
         outbox.send(messages.encode(message))
 
     try:
-        return _serve(inbox, send)
+        return _serve(inbox, send, clean_up)
     except TandemError as error:
         send(messages.Failed(messages.Error.of(error)))
         return EXIT_CODES.get(type(error), EXIT_MODEL)
@@ -63,30 +64,35 @@ def main(inbox_address: str, outbox_address: str, parent: int) -> int:
         context.destroy(linger=1000)
 
 
-def _die_with_parent(parent: int, folder: Path) -> None:
-    """End the process, and remove the sockets' folder, which the parent can no longer do.
+def _die_with_parent(parent: int, clean_up: Sequence[Callable[[], object]]) -> None:
+    """End the process, and remove its files and the sockets' folder, which the parent can no longer do.
 
     The parent says who it is: it may have died before this process could ask.
     """
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
-    shutil.rmtree(folder, ignore_errors=True)
+    for remove in clean_up:
+        remove()
     os._exit(EXIT_CRASH)
 
 
-def _serve(inbox: zmq.Socket, send: Callable[[messages.FromEngine], None]) -> int:
+def _serve(inbox: zmq.Socket, send: Callable[[messages.FromEngine], None], clean_up: list[Callable[[], object]]) -> int:
     start = messages.decode_to_engine(inbox.recv())
     assert isinstance(start, messages.Start), start
     from tandem.engine.engine import Engine  # torch: 2.5 s that a malformed command line should not wait for
 
-    engine = Engine(start.config, lambda done, total: send(messages.Progress(done, total)))
+    engine = Engine(start.config, lambda done, total: send(messages.Progress(done, total)), owns_process=True)
     for module in start.config.adapters.lora_modules:
         name, separator, path = module.partition("=")
         if not separator:
             raise ConfigError(f"--lora-modules {module!r}: write name=path")
         engine.load_adapter(name, path)
     send(messages.Ready(engine.report, engine.published()))
-    return _Loop(engine, inbox, send).run()
+    clean_up.append(engine.training.residents.remove_files)
+    try:
+        return _Loop(engine, inbox, send).run()
+    finally:
+        engine.close()
 
 
 class _Loop:
@@ -131,10 +137,13 @@ class _Loop:
             if self.wants_plans:
                 self._write_plans()
             if self.engine.has_work:
-                self.engine.step(self._deliver)
+                self.engine.step(self._deliver, self._somebody_waits)
             elif self.is_behind and time.monotonic() - self.told_s > FIGURES_PERIOD_S:
                 self._tell([])
             self._report()
+
+    def _somebody_waits(self) -> bool:
+        return bool(self.inbox.poll(0))
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         """News of a step; without any, the figures alone are sent now and then."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from tandem.config import TrainingConfig
 from tandem.errors import BudgetError, InvalidRequest
-from tandem.finetune import checkpoint, zeroth
-from tandem.finetune.losses import Objective, Part, Totals
+from tandem.finetune import checkpoint, spill, zeroth
+from tandem.finetune.losses import Head, Objective, Part, Totals
 from tandem.finetune.run import LayerPairs, Run
 from tandem.memory import arena
 from tandem.model.adapter import AdapterWeights, module_name, read_adapter
@@ -33,8 +34,9 @@ from tandem.model.gradients import (
     TrainSequence,
     hash_64,
     layer_factors,
-    logits,
+    raw_logits,
 )  # fmt: skip
+from tandem.model.kept import Kept
 from tandem.model.spec import targets
 from tandem.scheduler.progress import Batch, Queued
 from tandem.scheduler.training import LARGEST_WINDOW
@@ -46,21 +48,52 @@ MOST_KEPT_BYTES = 6 * 2**30
 # The same on every machine, so that the same job gives the same bits.
 DETERMINISTIC_KEPT_BYTES = 2**30
 LARGEST_SCALING = 1e3
+# Of what training may keep: the part for what requests have computed before it, and microbatches it should be enough
+# for. More of them than so many would only take memory.
+REUSE_SHARE = 0.25
+REUSED_BATCHES, MOST_REUSED_BATCHES = 4, 16
+# The state of open runs, when nobody says how much of it may be in memory.
+RESIDENT_SHARE = 0.4
+# Bytes of a parameter's float32 weight, gradient and optimizer's moments, of which adamw has the most.
+STATE_BYTES = 16
+REFERENCE = "reference"
+
+
+# Per layer, by target: (a_RI, b_RO) in the model's dtype, the scaling in b.
+Layers = list[dict[str, tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A run's tensors on their way into memory."""
+
+    tensors: Mapping[str, Tensor]
+    layers: Layers
+    reference_layers: Layers | None
 
 
 @dataclass(slots=True)
 class Slot:
     """A run on the device: `layers` are its factors in the model's dtype, the scaling in b, as serving wants them.
-    `is_shared`: a published version has these very tensors, so the next change makes new ones."""
+    `is_shared`: a published version has these very tensors, so the next change makes new ones. A run that is elsewhere
+    has neither layers nor factors; `spilled` says where its tensors are, None: it has not begun yet."""
 
     run: Run
-    layers: list[dict[str, tuple[Tensor, Tensor]]]
+    layers: Layers
     factors: LayerFactors
     init_from: str | None = None
     reference: LayerFactors | None = None  # the factors of `init_from`, once somebody has asked for them
+    reference_layers: Layers | None = None  # what those consist of
+    spilled: spill.Spilled | None = None
     grad_norm: float = 0.0
     anchor_P: Tensor | None = None  # the weights before the probe under way
     is_shared: bool = False
+
+    @property
+    def has_reference(self) -> bool:
+        """The reference is here, or where the run is."""
+        elsewhere = self.spilled.entries if self.spilled is not None else ()
+        return self.reference is not None or any(name.startswith(REFERENCE) for name in elsewhere)
 
 
 @dataclass(slots=True)
@@ -70,6 +103,7 @@ class _Flight:
     micro: Microbatch
     objective: Objective
     rows: dict[int, tuple[int, Sequence[int]]] = field(default_factory=dict)  # row -> (its first token, token ids)
+    places_E: Tensor | None = None  # of all examples' tokens, where some are shared
 
 
 class Trainer:
@@ -86,17 +120,39 @@ class Trainer:
         self.targets = targets(decoder.spec)
         self.slots: dict[int, Slot] = {}
         self.dense = DenseLayer(decoder)
+        self._head = Head(
+            partial(raw_logits, decoder, self.dense), decoder.kernels.cross_entropy_, decoder.spec.final_softcap,
+            decoder.spec.vocab_size,
+        )  # fmt: skip
         self._flights: dict[int, _Flight] = {}
         self._totals: dict[int, Totals] = {}
         self._references: dict[int, Mapping[int, list[float]]] = {}
         self._sides: dict[int, list[Totals]] = {}  # of probes, the farther one first
         self._kept_bytes = config.train_memory_bytes or self._default_kept_bytes()
+        free_bytes = arena.available_bytes(device, 1.0)
+        self.resident_bytes = config.train_resident_bytes or int(free_bytes * RESIDENT_SHARE)
         self._buffers = Buffers(self.batch_tokens(), decoder.dtype, device)
+        self.kept, self._reused_layers = self._make_kept()
 
     def _default_kept_bytes(self) -> int:
         if self.config.deterministic:
             return DETERMINISTIC_KEPT_BYTES
         return min(int(arena.available_bytes(self.device, 1.0) * FREE_SHARE), MOST_KEPT_BYTES)
+
+    def _make_kept(self) -> tuple[Kept, int]:
+        """Room for what requests computed, and how many layers' outputs are kept there too. None where the budget is
+        too small for both, or where nothing may depend on what was served."""
+        spec, tokens = self.decoder.spec, self.batch_tokens()
+        layers, outputs = len(spec.layers), self.decoder.weights.layers[0]
+        spare = self._kept_bytes - 2 * tokens * self._input_bytes()
+        budget = 0 if self.config.deterministic else int(spare * REUSE_SHARE)
+        kept_layers = self._layers_within(budget / (REUSED_BATCHES * tokens) - self._input_bytes())
+        token_bytes = self._input_bytes() + kept_layers * self._output_bytes()
+        capacity = min(budget // token_bytes, MOST_REUSED_BATCHES * tokens)
+        widths = {(layer, "input"): spec.hidden_size for layer in range(1, layers + 1)}
+        for layer in range(layers - kept_layers, layers):
+            widths |= {(layer, name): getattr(outputs, name).out_features for name in KEPT}
+        return Kept(widths, max(0, capacity), self.decoder.dtype, self.device), kept_layers
 
     # ------------------------------------------------------------ runs
 
@@ -127,7 +183,7 @@ class Trainer:
         """Bytes that a run whose longest example has `longest` tokens holds while it trains: the least it can do
         with."""
         spec, size = self.decoder.spec, self.decoder.dtype.itemsize
-        parameters = len(spec.layers) * lora.rank * sum(i + o for i, o in self.shapes(lora).values())
+        parameters = self._num_parameters(lora)
         window = min(longest, self.config.train_window or LARGEST_WINDOW)
         inner = spec.intermediate_size
         layer = spec.num_parameters // max(1, len(spec.layers))
@@ -139,10 +195,19 @@ class Trainer:
             + layer * size
         )
 
-    def check(self, lora: LoraConfig, longest: int) -> int:
-        """`estimate`, or BudgetError where less is free."""
+    def _num_parameters(self, lora: LoraConfig) -> int:
+        return len(self.decoder.spec.layers) * lora.rank * sum(i + o for i, o in self.shapes(lora).values())
+
+    def state_bytes(self, lora: LoraConfig, has_reference: bool = False) -> int:
+        """Bytes of a run's state in memory at most: float32 weights, gradients and optimizer's moments, the factors in
+        the model's dtype, and those of the adapter it began from, which dpo compares with. Raises InvalidRequest."""
+        return self._num_parameters(lora) * (STATE_BYTES + self.decoder.dtype.itemsize * (1 + has_reference))
+
+    def check(self, lora: LoraConfig, longest: int, spare_bytes: int = 0) -> int:
+        """`estimate`, or BudgetError where less is free. `spare_bytes` more are once other runs have left."""
         arena.return_free_memory()
         needed, free = self.estimate(lora, longest), arena.available_bytes(self.device, 1.0) + self._buffers.nbytes
+        free += spare_bytes
         if needed > free:
             raise BudgetError(
                 f"training with sequences of {longest} tokens at rank {lora.rank} needs {needed / 1e9:.2f} GB and "
@@ -151,39 +216,105 @@ class Trainer:
         return needed
 
     def open(
-        self, version: int, lora: LoraConfig, init_from: str | None = None, resume_from: str | None = None
+        self,
+        version: int,
+        lora: LoraConfig,
+        init_from: str | None = None,
+        resume_from: str | None = None,
+        is_here: bool = True,
     ) -> Run:
-        """Make or load a run. Raises InvalidRequest, ModelError."""
+        """Make or load a run; one that is not to be here yet begins afresh, when it comes. Raises InvalidRequest,
+        ModelError."""
         shapes = self.shapes(lora)
-        run = Run(lora, len(self.decoder.spec.layers), shapes, self.device)
+        run = Run(lora, len(self.decoder.spec.layers), shapes, self.device, is_here)
+        if not is_here:
+            assert init_from is None and resume_from is None
+            self.slots[version] = Slot(run, [{} for _ in self.decoder.spec.layers], [])
+            return run
         if resume_from is not None:
             checkpoint.restore(run, resume_from)
         elif init_from is not None:
             run.set_weights(self._unscaled(run, init_from))
-        working = [
-            {name: (torch.empty_like(a, dtype=self.decoder.dtype), torch.empty_like(b, dtype=self.decoder.dtype))
-             for name, (a, b) in layer.items()}
-            for layer in run.weights
-        ]  # fmt: skip
-        factors = layer_factors(working, run.gradients, self.targets, run.scaling)
-        self.slots[version] = Slot(run, working, factors, init_from)
-        self._refresh(version)
+        layers = self._working(run.weights, run.scaling)
+        factors = layer_factors(layers, run.gradients, self.targets, run.scaling)
+        self.slots[version] = Slot(run, layers, factors, init_from)
         return run
+
+    def _working(self, layers: LayerPairs, scaling: float) -> Layers:
+        """Factors as serving wants them, and training's forward pass: in the model's dtype, the scaling in b."""
+        dtype = self.decoder.dtype
+        return [
+            {name: (a.to(dtype, copy=True), (b * scaling).to(dtype)) for name, (a, b) in layer.items()}
+            for layer in layers
+        ]
+
+    # ------------------------------------------------------------ out of memory and back
+
+    def is_between(self, version: int) -> bool:
+        """A probe is half done."""
+        return self.slots[version].anchor_P is not None
+
+    def tensors(self, version: int) -> dict[str, Tensor]:
+        """All that `leave` lets go of and `fetched` has to find again."""
+        slot = self.slots[version]
+        found = slot.run.tensors()
+        for index, layer in enumerate(slot.reference_layers or []):
+            for name, pair in layer.items():
+                found |= {f"{REFERENCE} {index} {name} {side}": t for side, t in zip("ab", pair, strict=True)}
+        return found
+
+    def leave(self, version: int, spilled: spill.Spilled) -> None:
+        """A run's tensors are there: let go of those here. A published version keeps its own."""
+        slot = self.slots[version]
+        slot.run.leave()
+        for layer in slot.layers:
+            layer.clear()
+        slot.factors, slot.is_shared, slot.spilled = [], False, spilled
+        if slot.reference_layers is not None:
+            slot.reference = slot.reference_layers = None
+
+    def fetched(self, slot: Slot) -> Arrival:
+        """Bring a run's tensors in, on any thread; nothing of the slot changes. Raises OSError."""
+        run = slot.run
+        if slot.spilled is None:
+            tensors = run.fresh()
+        else:
+            tensors = spill.read(slot.spilled, self.device)
+        reference: Layers = [{} for _ in slot.layers]
+        for key in [k for k in tensors if k.startswith(REFERENCE)]:
+            _, index, name, side = key.split()
+            if side == "a":
+                b_RO = tensors.pop(key.removesuffix("a") + "b")
+                reference[int(index)][name] = (tensors.pop(key), b_RO)
+        layers = self._working(run.factors_of(tensors), run.scaling)
+        return Arrival(tensors, layers, reference if any(reference) else None)
+
+    def arrive(self, version: int, arrival: Arrival) -> None:
+        """The reverse of `leave`."""
+        slot = self.slots[version]
+        slot.run.take(arrival.tensors)
+        for mine, layer in zip(slot.layers, arrival.layers, strict=True):
+            mine.update(layer)
+        slot.factors = layer_factors(slot.layers, slot.run.gradients, self.targets, slot.run.scaling)
+        slot.spilled = None
+        if arrival.reference_layers is not None:
+            self._set_reference(slot, arrival.reference_layers)
+
+    def _set_reference(self, slot: Slot, layers: Layers) -> None:
+        # It never learns: no gradients.
+        slot.reference, slot.reference_layers = layer_factors(layers, layers, self.targets, slot.run.scaling), layers
+
+    # ------------------------------------------------------------ what runs are made of
 
     def prepare_reference(self, version: int) -> None:
         """Have at hand what a frozen pass uses: the adapter that the run began from. Raises ModelError."""
         slot = self.slots[version]
-        if slot.reference is not None:
+        if slot.has_reference:
             return
         if slot.init_from is None:
             slot.reference = [{} for _ in slot.layers]
             return
-        dtype, scaling = self.decoder.dtype, slot.run.scaling
-        layers = [
-            {name: (a.to(dtype), (b * scaling).to(dtype)) for name, (a, b) in layer.items()}
-            for layer in self._unscaled(slot.run, slot.init_from)
-        ]
-        slot.reference = layer_factors(layers, layers, self.targets, scaling)  # it never learns: no gradients
+        self._set_reference(slot, self._working(self._unscaled(slot.run, slot.init_from), slot.run.scaling))
 
     def _unscaled(self, run: Run, path: str) -> LayerPairs:
         """A PEFT directory's factors in float32, if they have the run's shape. Raises ModelError, InvalidRequest."""
@@ -200,7 +331,9 @@ class Trainer:
 
     def close(self, version: int) -> None:
         del self.slots[version]
+        self.kept.change(version)
         if not self.slots:
+            self.kept.drop()
             self.dense.drop()
             self._buffers.drop()
         arena.return_free_memory()
@@ -217,6 +350,7 @@ class Trainer:
                 shared.update({name: (torch.empty_like(a), torch.empty_like(b)) for name, (a, b) in shared.items()})
             slot.factors = layer_factors(slot.layers, slot.run.gradients, self.targets, slot.run.scaling)
             slot.is_shared = False
+        self.kept.change(version)
         for mine, layer in zip(slot.layers, slot.run.weights, strict=True):
             for name, (a_RI, b_RO) in layer.items():
                 mine[name][0].copy_(a_RI)
@@ -246,14 +380,29 @@ class Trainer:
 
     # ------------------------------------------------------------ microbatches
 
-    def begin(self, batch: Batch) -> None:
-        """Make room for a microbatch; its first layer's input is computed."""
+    def known(self, batch: Batch) -> dict[int, list[int]]:
+        """Rows of a microbatch that requests have computed before, with this very adapter, and where that is kept."""
+        found = {}
+        for row in batch.rows:
+            op = row.queued.op
+            assert isinstance(op, Pass)
+            masks = op.learns and self.slots[row.run.version].run.lora.dropout > 0
+            if not (masks or op.frozen or op.group_size > 1):
+                places = self.kept.find(row.run.version, op.examples[row.index].tokens)
+                if places is not None:
+                    found[row.row] = places[row.num_shared :]
+        return {} if batch.is_shared and len(found) < len(batch.rows) else found
+
+    def begin(self, batch: Batch, known: Mapping[int, list[int]]) -> None:
+        """Make room for a microbatch; its first layer's input is computed. The `known` rows, which come first, need no
+        way up."""
         sequences: list[TrainSequence] = []
         ids: list[int] = []
         parts: list[Part] = []
         rows: dict[int, tuple[int, Sequence[int]]] = {}
+        places: list[int] = []
         for row in batch.rows:
-            op, start = row.queued.op, len(ids)
+            op, start, read = row.queued.op, len(ids), len(places)
             assert isinstance(op, Pass)
             example = op.examples[row.index]
             slot = self.slots[row.run.version]
@@ -262,18 +411,29 @@ class Trainer:
             dropout = slot.run.lora.dropout if op.learns else 0.0
             factors = slot.reference if op.frozen else slot.factors
             assert factors is not None
-            sequences.append(TrainSequence(start, start + row.length, factors, dropout, key))
+            sequence = TrainSequence(start, start + row.length, factors, dropout, key, row.past)
+            sequences.append(sequence)
             rows[row.row] = (start, example.tokens)
-            ids += example.tokens
-            parts.append(Part(row.queued.op_id, op, row.index, start, start + row.length))
+            ids += example.tokens[row.num_shared :]
+            places += sequence.rows(sequence.stop)
+            parts.append(Part(row.queued.op_id, op, row.index, read, len(places)))
+        kept_layers = self._kept_layers(len(ids))
+        if known:
+            kept_layers = min(kept_layers, self._reused_layers)
         with torch.no_grad():
             micro = Microbatch(
-                self.decoder, self.dense, sequences, self._tensor(ids), self._kept_layers(len(ids)), batch.learns,
-                self._buffers,
-            )  # fmt: skip
-        self._flights[batch.batch_id] = _Flight(micro, Objective(parts, self.device), rows)
+                self.decoder, self.dense, sequences, self._tensor(ids), kept_layers, batch.learns, self._buffers
+            )
+        places_E = self._tensor(places) if batch.is_shared else None
+        self._flights[batch.batch_id] = _Flight(micro, Objective(parts, self.device), rows, places_E)
         for op_id in {row.queued.op_id for row in batch.rows}:
             self._totals.setdefault(op_id, Totals())
+        if known:
+            places_N = self._tensor([place for row in batch.rows for place in known.get(row.row, ())])
+            micro.fill(len(places_N), lambda layer, name, rows: self.kept.read(layer, name, places_N, rows))
+            for row in batch.rows[: len(known)]:
+                metrics = self._totals[row.queued.op_id].metrics
+                metrics["reused_tokens"] = metrics.get("reused_tokens", 0.0) + row.num_shared + row.length
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -282,16 +442,22 @@ class Trainer:
         """Bytes a token of the layers' inputs, the least that is kept."""
         return (len(self.decoder.spec.layers) + 1) * self.decoder.spec.hidden_size * self.decoder.dtype.itemsize
 
+    def _output_bytes(self) -> int:
+        """Bytes a token and layer of the linears' outputs."""
+        layer = self.decoder.weights.layers[0]
+        return sum(getattr(layer, name).out_features for name in KEPT) * self.decoder.dtype.itemsize
+
+    def _layers_within(self, token_bytes: float) -> int:
+        """How many layers' outputs fit into so many bytes a token."""
+        return max(0, min(len(self.decoder.spec.layers), int(token_bytes / self._output_bytes())))
+
     def _kept_layers(self, num_tokens: int) -> int:
         """How many layers also keep their linears' outputs: two microbatches are on their way at once."""
-        layer = self.decoder.weights.layers[0]
-        per_layer = sum(getattr(layer, name).out_features for name in KEPT) * self.decoder.dtype.itemsize
-        allowed = self._kept_bytes / 2
+        allowed = (self._kept_bytes - self.kept.nbytes) / 2
         if not self.config.deterministic:
             free = arena.available_bytes(self.device, 1.0) + self._buffers.nbytes
             allowed = min(allowed, free / 2)
-        left = allowed / max(num_tokens, self._buffers.num_rows) - self._input_bytes()
-        return max(0, min(len(self.decoder.spec.layers), int(left / per_layer)))
+        return self._layers_within(allowed / max(num_tokens, self._buffers.num_rows) - self._input_bytes())
 
     def batch_tokens(self) -> int:
         """Tokens of a microbatch that the memory budget allows, at most as many as asked for."""
@@ -339,20 +505,30 @@ class Trainer:
         return time.perf_counter() - start
 
     def _loss(self, flight: _Flight, start: int, stop: int) -> None:
-        micro, objective = flight.micro, flight.objective
+        micro, objective, places_E = flight.micro, flight.objective, flight.places_E
         hidden_ND = micro.input(micro.num_layers)
         rows_M = objective.rows_M[start:stop]
+        if places_E is not None:
+            rows_M = places_E[rows_M]
         x_MD = hidden_ND[rows_M]
         grad_MD = torch.empty_like(x_MD) if micro.learns else None
-        objective.score(
-            start, stop, x_MD, lambda x: logits(self.decoder, self.dense, x), self.decoder.spec.vocab_size, grad_MD
-        )
+        objective.score(start, stop, x_MD, self._head, grad_MD)
         if grad_MD is not None:
             if micro.grad_ND is None:
                 micro.grad_ND = torch.zeros_like(hidden_ND)
             micro.grad_ND[rows_M] = grad_MD
         if stop == len(objective.rows_M):
-            objective.finish(self._totals, self._references, micro.grad_ND)
+            self._finish(flight)
+
+    def _finish(self, flight: _Flight) -> None:
+        grad_ND, objective, places_E = flight.micro.grad_ND, flight.objective, flight.places_E
+        if grad_ND is None or places_E is None:
+            objective.finish(self._totals, self._references, grad_ND)
+            return
+        # A token with a weight is one example's only.
+        grad_ED, graded_M = grad_ND[places_E], objective.rows_M[: objective.num_graded]
+        objective.finish(self._totals, self._references, grad_ED)
+        grad_ND[places_E[graded_M]] = grad_ED[graded_M]
 
     def _move(self, piece: Slice, due: Queued) -> None:
         slot = self.slots[piece.batch]
@@ -384,6 +560,8 @@ class Trainer:
         """Forget what passes have added up, and a probe that is half done."""
         slot = self.slots[version]
         slot.run.gradients_P.zero_()
+        if slot.spilled is not None:
+            slot.spilled = slot.spilled.zeroed("gradients")
         self.undo_probe(version)
 
     def undo_probe(self, version: int) -> None:

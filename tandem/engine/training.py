@@ -8,16 +8,18 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 from tandem.config import TrainingConfig
+from tandem.engine.residents import Residents
 from tandem.engine.worker import RowInput, Worker
 from tandem.errors import BudgetError, Cancelled, Conflict, Diverged, InvalidRequest, NotFound, TandemError
 from tandem.finetune.run import Run
 from tandem.memory.adapters import AdapterTable
 from tandem.memory.blocks import BlockPool
 from tandem.model.decoder import Record
+from tandem.model.kept import Computed, all_of
 from tandem.scheduler.budget import CostModel
 from tandem.scheduler.progress import Batch, Progress, Queued, RunQueue
 from tandem.scheduler.training import TrainLimits, TrainRow, TrainView, first_guess, pairs_of
@@ -56,7 +58,9 @@ class Training:
         self._worker = worker
         self._blocks = blocks
         self._adapters = adapters
-        self._progress = Progress(len(spec.layers), self.trainer.batch_tokens(), mixes=not config.deterministic)
+        self._progress = Progress(
+            len(spec.layers), self.trainer.batch_tokens(), not config.deterministic, config.share_prefixes
+        )
         head = spec.vocab_size * spec.hidden_size
         layer = max(1, (spec.num_parameters - head) // len(spec.layers))
         self.limits = TrainLimits(
@@ -65,6 +69,9 @@ class Training:
             share_forward=config.share_forward,
             deterministic=config.deterministic,
             cost=first_guess(cost, len(spec.layers), head / layer),
+        )
+        self.residents = Residents(
+            self.trainer, self._progress, config.max_resident_runs, config.train_spill_dir, self._give_up
         )
         self._versions: dict[str, int] = {}
         self._closing: set[int] = set()
@@ -78,6 +85,7 @@ class Training:
         self._num_tokens = 0  # of finished microbatches
         self._told_tokens = 0  # a counter never falls, also not when a microbatch is given up
         self._seconds = 0.0
+        self.parts_s: dict[str, float] = {}  # the same by kind of slice
 
     # ------------------------------------------------------------ runs and operations
 
@@ -86,10 +94,14 @@ class Training:
     ) -> RunReport:
         if run_id in self._versions:
             raise Conflict(f"the training run {run_id} is open already", "run_id")
-        needed = self.trainer.check(lora, 1)
+        num_bytes = self.trainer.state_bytes(lora, has_reference=init_from is not None)
+        if init_from is not None or resume_from is not None:
+            self.residents.make_room(num_bytes)  # what cannot be read is refused here, so it is read now
+        is_here = init_from is not None or resume_from is not None or self.residents.fits(num_bytes)
+        needed = self.trainer.check(lora, 1, 0 if is_here else num_bytes)
         version = self._adapters.begin_training(lora.rank)
         try:
-            run = self.trainer.open(version, lora, init_from, resume_from)
+            run = self.trainer.open(version, lora, init_from, resume_from, is_here)
         except (MemoryError, RuntimeError) as error:
             self._adapters.end_training(version)
             raise BudgetError(f"there is no memory for the training run: {error}") from error
@@ -99,13 +111,22 @@ class Training:
         self._worker.install(version, self.trainer.weights(version))
         self._versions[run_id] = version
         self._progress.open(run_id, version, run.num_parameters, priority, may_ride=lora.dropout == 0)
+        self._progress.runs[run_id].is_away = not is_here
+        self.residents.open(version, num_bytes, is_here)
         return RunReport(
             run_id=run_id, num_parameters=run.num_parameters, step=run.optimizer.step, bytes_needed=needed
         )
 
     def device_run(self, run_id: str) -> Run:
-        """The run's tensors. Raises NotFound."""
-        return self.trainer.slots[self._version(run_id)].run
+        """The run's tensors, which are here when this returns. Raises NotFound, TandemError."""
+        version = self._version(run_id)
+        self.residents.bring(version)
+        return self.trainer.slots[version].run
+
+    def check_run(self, lora: LoraConfig, longest: int) -> int:
+        """Bytes that a run with examples of this length needs. Raises BudgetError where that is too much."""
+        num_bytes = self.trainer.state_bytes(lora)
+        return self.trainer.check(lora, longest, 0 if self.residents.fits(num_bytes) else num_bytes)
 
     def _version(self, run_id: str) -> int:
         if run_id not in self._versions:
@@ -129,6 +150,7 @@ class Training:
             self._helps[helper_id] = op_id
             self._progress.enqueue(helper_id, helper)
         self._progress.enqueue(op_id, op)
+        self.residents.use(self._progress.runs[op.run_id])
         self._next_op = op_id + 1
         self._began[op_id] = time.monotonic()
         return op_id
@@ -153,9 +175,18 @@ class Training:
         gone: list[int] = []
         for version in [v for v in self._closing if not self._progress.uses(v)]:
             self._closing.remove(version)
+            self.residents.close(version)
             self.trainer.close(version)
             gone += self._adapters.end_training(version)
         return gone
+
+    def _give_up(self, run: RunQueue, error: TandemError) -> None:
+        """A run's state cannot come: what it has queued fails, and with a pass that is half done its gradients."""
+        if any(queued.num_taken and queued.num_left for queued in run.ops):
+            self.trainer.discard(run.version)
+        for queued in self._progress.drop(run.run_id):
+            self.trainer.forget_op(queued.op_id)
+            self._report(queued.op_id, error)
 
     def take_reports(self) -> list[tuple[int, Report]]:
         """What has come of operations since the last call; files written or read are noticed here."""
@@ -173,8 +204,9 @@ class Training:
         return reports
 
     def wait(self) -> None:
-        """Until the files being written or read are done; at once if there are none."""
-        wait([future for _, future in self._files.values()], timeout=1.0)
+        """Until a file being written or read is done; at once if there are none."""
+        futures = [*(future for _, future in self._files.values()), *self.residents.futures]
+        wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
 
     def _report(self, op_id: int, report: Report) -> None:
         if self._helps.pop(op_id, None) is not None:
@@ -184,7 +216,9 @@ class Training:
 
     @property
     def has_work(self) -> bool:
-        return self._progress.has_work or any(q.op_id not in self._files for _, q in self._progress.due_files())
+        if self._progress.has_work or any(q.op_id not in self._files for _, q in self._progress.due_files()):
+            return True
+        return self.residents.has_work
 
     @property
     def figures(self) -> tuple[int, int, float]:
@@ -195,7 +229,8 @@ class Training:
     # ------------------------------------------------------------ before a plan
 
     def begin(self) -> None:
-        """Do what needs no plan: publications, files, and the next microbatch."""
+        """Do what needs no plan: moves into and out of memory, publications, files, and the next microbatch."""
+        self.residents.begin()
         while due := self._progress.due_publications():
             for run, publication in due:
                 self._publish(run, publication)
@@ -207,12 +242,17 @@ class Training:
                 self._files[queued.op_id] = (
                     run.run_id, self._filer.submit(act, run.version, op.path, op.with_optimizer)
                 )  # fmt: skip
-        if (batch := self._progress.assemble()) is not None:
+        while (batch := self._progress.assemble()) is not None:
             try:
-                self.trainer.begin(batch)
+                known = self.trainer.known(batch)
+                batch.skip(known)
+                self.trainer.begin(batch, known)
             except (MemoryError, RuntimeError) as error:
                 traceback.print_exc()
                 self._abandon(error)
+                break
+            if not self._progress.turn():
+                break
 
     def _publish(self, run: RunQueue, op: Publish) -> None:
         """The run's factors as they are now become the newest version of a name; nothing touches a disk."""
@@ -226,6 +266,7 @@ class Training:
             self._report(queued.op_id, BudgetError(f"there is no memory for another adapter: {error}"))
         else:
             self._worker.install(adapter.version, weights)
+            self.trainer.kept.publish(run.version, adapter.version)
             self._gone += self._adapters.take_freed()
             seconds = time.perf_counter() - began_s
             self._report(queued.op_id, PublishReport(adapter=adapter, seconds=seconds))
@@ -274,21 +315,39 @@ class Training:
         """Adapter versions of the plan's training rows."""
         return {row.version for row in self.inputs(plan).values()}
 
-    def recorder(self, plan: StepPlan) -> Callable[[Mapping[int, int]], Record] | None:
-        """What keeps the activations of the plan's training rows, once their places in the batch are known."""
+    def recorder(
+        self, plan: StepPlan, keeping: Mapping[int, RowInput]
+    ) -> Callable[[Mapping[int, int]], Record | None] | None:
+        """What keeps the activations of the plan's training rows, and of the requests' rows `keeping` that are going to
+        be trained on, once their places in the batch are known."""
         batch = self._progress.forward
-        if batch is None or all(s.row >= 0 for s in plan.segments):
+        rides = batch is not None and any(s.row < 0 for s in plan.segments)
+        kept = [s for s in plan.requests if s.row in keeping and self.trainer.kept.keeps(keeping[s.row].version)]
+        if not rides and not kept:
             return None
-        batch_id = batch.batch_id
-        return lambda starts: self.trainer.recorder(batch_id, plan.segments, starts)
 
-    def run(self, plan: StepPlan) -> None:
-        """Execute the plan's slices and move the cursors. A run that diverges loses its update and its gradients; what
-        torch cannot do (no memory, mostly) ends the operations under way, not the engine."""
+        def make(starts: Mapping[int, int]) -> Record | None:
+            computed = [
+                Computed(s.row, keeping[s.row].version, keeping[s.row].tokens, s.start, s.length, starts[s.row])
+                for s in kept
+            ]
+            records = [self.trainer.kept.record(computed)]
+            if rides and batch is not None:
+                records.append(self.trainer.recorder(batch.batch_id, plan.segments, starts))
+            return all_of([record for record in records if record is not None])
+
+        return make
+
+    def run(self, plan: StepPlan, somebody_waits: Callable[[], bool] = lambda: False) -> None:
+        """Execute the plan's slices and move the cursors; once `somebody_waits`, what is left of them is planned anew.
+        A run that diverges loses its update and its gradients; what torch cannot do (no memory, mostly) ends the
+        operations under way, not the engine."""
         done: list[Slice] = []
         failed: tuple[Queued, TandemError] | None = None
         broken: tuple[Slice, Exception] | None = None
         for piece in plan.slices:
+            if done and somebody_waits():
+                break
             try:
                 self._run(piece)
             except (Diverged, InvalidRequest) as error:
@@ -309,7 +368,7 @@ class Training:
             else:
                 self._report(queued.op_id, self._outcome(queued))
         for batch in finished:
-            self._num_tokens += batch.num_tokens if batch.learns else 0
+            self._num_tokens += batch.num_read if batch.learns else 0
             self._end(batch)
         # Once no more tokens ride, keys and values are rebuilt from what is kept.
         up, down = self._progress.forward, self._progress.backward
@@ -340,14 +399,13 @@ class Training:
         predicted_s = self.limits.cost.seconds(piece.kind, piece.stop - piece.start, pairs, unpacks)
         seconds = self.trainer.run(piece, due)
         self._seconds += seconds
+        self.parts_s[piece.kind] = self.parts_s.get(piece.kind, 0.0) + seconds
         cost = self.limits.cost.corrected(piece.kind, predicted_s, seconds, unpacks)
         self.limits = replace(self.limits, cost=cost)
 
-    def learn_ride(self, predicted_s: float, measured_s: float) -> None:
-        """Seconds that riding tokens should have added to a step by serving's cost model, and what they did add."""
-        cost = self.limits.cost
-        predicted_s *= cost.scale.get("ride", 1.0)
-        self.limits = replace(self.limits, cost=cost.corrected("ride", predicted_s, max(measured_s, 1e-6), False))
+    def learn_ride(self, rest_s: float, step_s: float) -> None:
+        """A step of `step_s` with riding tokens took `rest_s` more than serving's cost model says of its tokens."""
+        self.limits = replace(self.limits, cost=self.limits.cost.corrected_ride(rest_s, step_s))
 
     def _refused(self, piece: Slice, error: TandemError) -> tuple[Queued, TandemError]:
         run = self._run_of(piece)

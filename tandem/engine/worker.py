@@ -5,6 +5,7 @@ Shape letters: T flat tokens, M sampled rows, V vocabulary, R rank rows.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tandem import ops
+from tandem import __version__, ops
 from tandem.config import DEMO_MODEL, AdapterConfig, CacheConfig, ModelConfig, SchedulerConfig, TrainingConfig
 from tandem.engine import batch as batches
 from tandem.engine import sampler
@@ -26,6 +27,7 @@ from tandem.model.adapter import AdapterWeights, read_adapter
 from tandem.model.decoder import Decoder, LayerStacks, LoraBatch, Record, stack_layers
 from tandem.model.spec import load_spec, targets
 from tandem.model.weights import load_weights, resident_bytes
+from tandem.ops.cpu.build import sources_hash
 from tandem.ops.kv_cache import FORMATS, QuantizedCache
 from tandem.work import EngineReport, SamplingParams, Segment, StepPlan, StepResult, TopLogprobs
 
@@ -63,6 +65,9 @@ class Worker:
         if model.num_threads:
             torch.set_num_threads(model.num_threads)
         self.device = _device(model.device)
+        # Without batch-invariant kernels sums depend on the number of threads, and what is deterministic must not.
+        self.may_choose_threads = not (model.num_threads or training.deterministic or self.device.type != "cpu")
+        self.quantization = model.quantization
         path = DEMO_MODEL if model.model == "demo" else resolve_model(model.model, model.revision)
         self.spec = load_spec(path, model.max_model_len)
         self.dtype = _dtype(model.dtype, self.spec.dtype)
@@ -94,6 +99,7 @@ class Worker:
         self.pool = arena.AdapterPool(len(self.spec.layers), shapes, self.dtype, self.device)
         self.resident: dict[int, AdapterWeights] = {}
         self._stacks: tuple[tuple[int, int], LayerStacks] = ((-1, 0), [])
+        self._tables = batches.Tables()
         self.batch_invariant = self._batch_invariant()
         self.trainer = Trainer(self.decoder, self.device, training, str(model.model), adapters.max_lora_rank)
 
@@ -192,19 +198,12 @@ class Worker:
         rows: Mapping[int, RowInput],
         copies: Sequence[tuple[int, int]] = (),
         rank_rows: Mapping[int, tuple[int, int]] | None = None,
-        recorder: Callable[[Mapping[int, int]], Record] | None = None,
+        recorder: Callable[[Mapping[int, int]], Record | None] | None = None,
     ) -> StepResult:
         """Run one plan: block copies, one forward over all segments, sampling. `rank_rows`: version -> pool rows.
-        `recorder` makes, of the rows' places in the flat batch, what keeps the activations of training rows."""
+        `recorder` makes, of the rows' places in the flat batch, what keeps the activations training wants."""
         start = time.perf_counter()
-        batch = batches.build(
-            plan,
-            {row: r.tokens for row, r in rows.items()},
-            {row: r.blocks for row, r in rows.items()},
-            {row: r.version for row, r in rows.items()},
-            self.block_size,
-            self.device,
-        )
+        batch = batches.build(plan, rows, self.block_size, self.device, self._tables)
         self._prepare_blocks(batch, copies)
         record = recorder(batch.starts) if recorder else None
         lora = self._lora(batch, rank_rows or {})
@@ -264,6 +263,32 @@ class Worker:
 
     # ------------------------------------------------------------ measurements
 
+    @property
+    def num_threads(self) -> int:
+        return torch.get_num_threads()
+
+    def use_threads(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+
+    def calibration_key(self) -> dict[str, str | int]:
+        """What this device's step times depend on; see `calibration.py`."""
+        return {
+            "tandem": __version__,
+            "torch": str(torch.__version__),
+            "kernels": sources_hash(),
+            "isa": f"{_isa(self.device)}, {self.kernels.name}",
+            "model": hashlib.sha256(repr(self.spec).encode()).hexdigest()[:16],
+            "dtype": str(self.dtype),
+            "quantization": self.quantization,
+            "kv cache": self.kv_bits or str(self.dtype),
+            "block size": self.block_size,
+        }
+
+    def decode_s(self) -> float:
+        """Seconds of a step of one token, the better of two."""
+        plan, rows = self._synthetic(1, min(16, self.max_model_len), 0)
+        return min(self.step(plan, rows).seconds for _ in range(2))
+
     def measure(self) -> list[tuple[int, int, int, int, float]]:
         """Time real steps on scratch blocks: (tokens, context read, query x key pairs, sampled rows, seconds)."""
         # (decodes, their context, tokens of a chunk, its start): the last two tell attention from the rest.
@@ -277,8 +302,11 @@ class Worker:
             seconds = min(self.step(plan, rows).seconds for _ in range(2))
             pairs = chunk * start + chunk * (chunk + 1) // 2 if chunk > 1 else 0
             found.append((singles + chunk, singles * context, pairs, singles, seconds))
-        self.kv.zero_()
         return found[1:]  # the first one warms up
+
+    def clear_cache(self) -> None:
+        """Forget what timing steps wrote; from here on all of the cache's memory is taken."""
+        self.kv.zero_()
 
     def _synthetic(
         self, singles: int, context: int, chunk: int, chunk_start: int = 0

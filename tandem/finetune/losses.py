@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import logsigmoid
 
 from tandem.finetune.inputs import LOSSES, POLICY, resolved
+from tandem.ops.pointwise import softcap
 from tandem.work import Example, Pass, PassReport
 
-# float32 logits at once, in numbers.
+# Logits at once, in numbers.
 CHUNK_LOGITS = 2**23
 
 
@@ -161,6 +161,19 @@ class Totals:
         )  # fmt: skip
 
 
+class Head(NamedTuple):
+    """The way from hidden states to log-probabilities.
+
+    `raw_logits`: [M, D] -> [M, V], differentiable; its backward does not look at what it returned. Logits are these
+    after the soft cap, if there is one. `cross_entropy_`: the operation of `ops.Kernels`.
+    """
+
+    raw_logits: Callable[[Tensor], Tensor]
+    cross_entropy_: Callable[..., tuple[Tensor, Tensor]]
+    softcap: float | None
+    vocab_size: int
+
+
 class Objective:
     """The losses of a microbatch: `score` its M tokens in slices, then `finish`.
 
@@ -195,13 +208,10 @@ class Objective:
     def _floats(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def score(
-        self, start: int, stop: int, x_MD: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int,
-        grad_MD: Tensor | None,
-    ) -> None:  # fmt: skip
+    def score(self, start: int, stop: int, x_MD: Tensor, head: Head, grad_MD: Tensor | None) -> None:
         """Log-probabilities of tokens start:stop, whose hidden states are `x_MD`; their gradients with respect to these
-        go into `grad_MD` (None: not wanted). `head` maps [M, D] to float32 logits [M, V] and is differentiable."""
-        rows = max(1, CHUNK_LOGITS // vocab_size)
+        go into `grad_MD` (None: not wanted)."""
+        rows = max(1, CHUNK_LOGITS // head.vocab_size)
         at = start
         while at < stop:
             is_graded = grad_MD is not None and at < self.num_graded
@@ -209,16 +219,32 @@ class Objective:
             part = slice(at - start, end - start)
             with torch.set_grad_enabled(is_graded):
                 x = x_MD[part].detach().requires_grad_(is_graded)
-                logits_MV = head(x)
-                if self._soft is None:
-                    logprobs_M = -torch_cross_entropy(logits_MV, self._targets_M[at:end], reduction="none")
-                else:
-                    logprobs_M = self._soft.mixed(logits_MV, at, end)
+                raw_MV = head.raw_logits(x)
+            score = self._score if self._soft is None else self._soft_score
+            grad_MV = score(at, end, raw_MV, head, is_graded)
             if grad_MD is not None:
-                grad_MD[part] = torch.autograd.grad(logprobs_M.sum(), x)[0] if is_graded else 0.0
-            self._logprobs_M[at:end] = logprobs_M.detach()
-            self._is_best_M[at:end] = logits_MV.detach().argmax(-1) == self._targets_M[at:end]
+                grad_MD[part] = 0.0 if grad_MV is None else torch.autograd.grad(raw_MV, x, grad_MV)[0]
             at = end
+
+    def _score(self, start: int, stop: int, raw_MV: Tensor, head: Head, is_graded: bool) -> Tensor | None:
+        """Keeps the log-probabilities of tokens start:stop; their gradient with respect to the raw logits is written
+        over these."""
+        targets_M, raw_MV = self._targets_M[start:stop], raw_MV.detach()
+        weights_M = raw_MV.new_full((stop - start,), -1.0, dtype=torch.float32) if is_graded else None
+        nll_M, self._is_best_M[start:stop] = head.cross_entropy_(raw_MV, targets_M, weights_M, head.softcap)
+        self._logprobs_M[start:stop] = -nll_M
+        return raw_MV if is_graded else None
+
+    def _soft_score(self, start: int, stop: int, raw_MV: Tensor, head: Head, is_graded: bool) -> Tensor | None:
+        """The same where some tokens have soft targets, by autograd."""
+        assert self._soft is not None
+        with torch.set_grad_enabled(is_graded):
+            leaf_MV = raw_MV.detach().requires_grad_(is_graded)
+            logits_MV = leaf_MV.float() if head.softcap is None else softcap(leaf_MV.float(), head.softcap)
+            logprobs_M = self._soft.mixed(logits_MV, start, stop)
+        self._logprobs_M[start:stop] = logprobs_M.detach()
+        self._is_best_M[start:stop] = raw_MV.detach().argmax(-1) == self._targets_M[start:stop]
+        return torch.autograd.grad(logprobs_M.sum(), leaf_MV)[0] if is_graded else None
 
     def finish(
         self, totals: Mapping[int, Totals], references: Mapping[int, Mapping[int, Sequence[float]]],

@@ -25,21 +25,27 @@ class Run:
     """`shapes` maps each target that is trained to (in_features, out_features); every layer has all of them.
 
     `weights_P` and `gradients_P` hold, layer by layer and target by target, a_RI and then b_RO (PEFT's lora_B
-    transposed), without the scaling.
+    transposed), without the scaling. A run may be somewhere else for a while (`spill.py`): then these are empty.
     """
 
     def __init__(
-        self, lora: LoraConfig, num_layers: int, shapes: Mapping[str, tuple[int, int]], device: torch.device
+        self,
+        lora: LoraConfig,
+        num_layers: int,
+        shapes: Mapping[str, tuple[int, int]],
+        device: torch.device,
+        is_here: bool = True,
     ) -> None:
         self.lora = lora
         self.num_layers = num_layers
         self.shapes = dict(shapes)
         self.num_parameters = num_layers * lora.rank * sum(i + o for i, o in shapes.values())
-        self.weights_P = torch.zeros(self.num_parameters, device=device)
-        self.gradients_P = torch.zeros(self.num_parameters, device=device)
+        self.device = device
+        self.weights_P = self.gradients_P = torch.empty(0, device=device)
         self.optimizer = self.new_optimizer()
         self.num_passes = 0  # examples so far: dropout masks differ from one to the next
-        self._draw()
+        if is_here:
+            self.take(self.fresh())
 
     @property
     def scaling(self) -> float:
@@ -70,8 +76,38 @@ class Run:
 
     def new_optimizer(self) -> Optimizer:
         """One that has learnt nothing yet, for these factors."""
-        factors = [(pair[0].shape[0], t.shape[1]) for layer in self.weights for pair in layer.values() for t in pair]
-        return Optimizer(factors, self.weights_P.device)
+        sides = [(self.lora.rank, features) for pair in self.shapes.values() for features in pair]
+        return Optimizer(sides * self.num_layers, self.device)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the tensors are."""
+        return self.weights_P.numel() > 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `take` needs to go on with; the optimizer's kind and the counters stay in any case."""
+        return {"weights": self.weights_P, "gradients": self.gradients_P, **self.optimizer.state}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with these, which are `tensors` of this run, or `fresh`."""
+        state = dict(tensors)
+        self.weights_P, self.gradients_P = state.pop("weights"), state.pop("gradients")
+        self.optimizer.state = state
+
+    def leave(self) -> None:
+        """Let go of the tensors."""
+        self.weights_P = self.gradients_P = torch.empty(0, device=self.device)
+        self.optimizer.state = {}
+
+    def fresh(self) -> dict[str, Tensor]:
+        """A run's tensors at its beginning: the factors as PEFT starts them, no gradients."""
+        weights_P = torch.zeros(self.num_parameters, device=self.device)
+        self._draw(self._views(weights_P))
+        return {"weights": weights_P, "gradients": torch.zeros_like(weights_P)}
+
+    def factors_of(self, tensors: Mapping[str, Tensor]) -> LayerPairs:
+        """Views of the factors among `tensors`."""
+        return self._views(tensors["weights"])
 
     def _views(self, flat_P: Tensor) -> LayerPairs:
         rank, at = self.lora.rank, 0
@@ -88,10 +124,10 @@ class Run:
             layers.append(layer)
         return layers
 
-    def _draw(self) -> None:
-        """a as PEFT starts it (kaiming uniform with a = sqrt(5): within 1 / sqrt(I)), b zero."""
+    def _draw(self, layers: LayerPairs) -> None:
+        """a as PEFT starts it (kaiming uniform with a = sqrt(5): within 1 / sqrt(I)); b is zero."""
         generator = torch.Generator().manual_seed(self.lora.seed)
-        for layer in self.weights:
+        for layer in layers:
             for a_RI, _ in layer.values():
                 bound = 1.0 / math.sqrt(a_RI.shape[1])
                 a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))

@@ -19,7 +19,15 @@ from torch import Tensor
 from tandem import ops
 from tandem.errors import ConfigError
 from tandem.model.decoder import Decoder
-from tandem.model.gradients import Buffers, DenseLayer, LayerFactors, Microbatch, TrainSequence, layer_factors, logits
+from tandem.model.gradients import (
+    Buffers,
+    DenseLayer,
+    LayerFactors,
+    Microbatch,
+    TrainSequence,
+    layer_factors,
+    raw_logits,
+)
 from tandem.model.spec import load_spec, targets
 from tandem.model.weights import load_weights
 
@@ -209,12 +217,11 @@ def _plain_weights(decoder: Decoder) -> Iterator[Tensor]:
 
 
 def _head(decoder: Decoder, rows: int) -> int:
-    """Bytes that autograd keeps of our last norm, head and loss over `rows` tokens."""
-    dense = DenseLayer(decoder)
+    """Bytes that autograd keeps of our last norm and head over `rows` tokens, and their logits, which become their own
+    gradient."""
     x_MD = torch.zeros(rows, decoder.spec.hidden_size, dtype=decoder.dtype, requires_grad=True)
-    targets_M = torch.zeros(rows, dtype=torch.int64)
     ledger = _Ledger([x_MD, *_plain_weights(decoder)])
     with ledger.open():
-        loss = torch.nn.functional.cross_entropy(logits(decoder, dense, x_MD), targets_M)
-    assert loss.requires_grad
-    return ledger.total
+        logits_MV = raw_logits(decoder, DenseLayer(decoder), x_MD)
+    assert logits_MV.requires_grad
+    return ledger.total + logits_MV.nbytes

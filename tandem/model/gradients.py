@@ -63,13 +63,28 @@ def layer_factors(
 
 @dataclass(frozen=True, slots=True)
 class TrainSequence:
-    """Rows start:stop of a microbatch: one example, its adapter, and how its dropout masks are drawn."""
+    """Rows start:stop of a microbatch: one example, its adapter, and how its dropout masks are drawn. Where it begins
+    as earlier ones do, its first tokens are rows of theirs, those of `past`."""
 
     start: int
     stop: int
     factors: LayerFactors
     dropout: float = 0.0
     dropout_key: int = 0
+    past: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_past(self) -> int:
+        return sum(stop - start for start, stop in self.past)
+
+    @property
+    def first(self) -> int:
+        """Its first token's row."""
+        return self.past[0][0] if self.past else self.start
+
+    def rows(self, stop: int) -> list[int]:
+        """Where its tokens are, those before row `stop`."""
+        return [row for low, high in (*self.past, (self.start, min(self.stop, stop))) for row in range(low, high)]
 
 
 class DenseLayer:
@@ -175,7 +190,9 @@ class Microbatch:
         self.learns = learns
         self.num_tokens = len(tokens_N)
         self.num_layers = len(decoder.spec.layers)
-        self.positions_N = torch.cat([torch.arange(s.stop - s.start) for s in self.sequences]).to(tokens_N.device)
+        self.positions_N = torch.cat(
+            [torch.arange(s.num_past, s.num_past + s.stop - s.start) for s in self.sequences]
+        ).to(tokens_N.device)
         self.grad_ND: Tensor | None = None
         self._dense = dense
         self._first_kept = self.num_layers - kept_layers if learns else self.num_layers
@@ -199,9 +216,24 @@ class Microbatch:
             if layer:
                 self.input(layer)[start : start + len(rows)] = rows
         elif layer >= self._first_kept and name in KEPT:
-            if (layer, name) not in self._kept:
-                self._kept[layer, name] = self._buffers.take(self.num_tokens, rows.shape[1])
-            self._kept[layer, name][start : start + len(rows)] = rows
+            self._output(layer, name, rows.shape[1])[start : start + len(rows)] = rows
+
+    def _output(self, layer: int, name: str, width: int) -> Tensor:
+        """[N, width], made on first use."""
+        if (layer, name) not in self._kept:
+            self._kept[layer, name] = self._buffers.take(self.num_tokens, width)
+        return self._kept[layer, name]
+
+    def fill(self, num_tokens: int, read: Callable[[int, str, Tensor], None]) -> None:
+        """The first tokens have been through all layers in other forward passes: `read(layer, name, rows)` writes what
+        these computed into rows."""
+        last = self.num_layers
+        for layer in range(1, last + 1) if self.learns else [last]:
+            read(layer, "input", self.input(layer)[:num_tokens])
+        for layer in range(self._first_kept, last):
+            for name in KEPT:
+                width = getattr(self.decoder.weights.layers[layer], name).out_features
+                read(layer, name, self._output(layer, name, width)[:num_tokens])
 
     # ------------------------------------------------------------ slices
 
@@ -328,26 +360,70 @@ class Microbatch:
             window=self.decoder.spec.layers[layer].window,
             softcap=self.decoder.spec.attn_softcap,
         )
-        ranges = [(max(s.start, start) - start, min(s.stop, stop) - start) for s in self._overlapping(start, stop)]
-        first = self.sequences[self._index_of(start)]
+        sequences = self._overlapping(start, stop)
+        ranges = [(max(s.start, start) - start, min(s.stop, stop) - start) for s in sequences]
+        if any(s.past for s in sequences):
+            return self._attend_shared(layer, start, stop, traces, sequences, partial(attend, q_THC), k_TKC, v_TKC)
+        first = sequences[0]
         if first.start == start:
             if not torch.is_grad_enabled() and self._cuts(stop):
                 self._remember(layer, start, k_TKC, v_TKC)
             return attend(q_THC, k_TKC, v_TKC, [Span(low, high, low, high) for low, high in ranges])
+        k, v = self._with_earlier(layer, first.start, start, traces, k_TKC, v_TKC)
+        past = start - first.start
+        spans = [Span(low, high, low + past if low else 0, high + past) for low, high in ranges]
+        return attend(q_THC, k, v, spans)
+
+    def _attend_shared(
+        self,
+        layer: int,
+        start: int,
+        stop: int,
+        traces: list[tuple[Tensor, Tensor]],
+        sequences: Sequence[TrainSequence],
+        attend: Callable[[Tensor, Tensor, list[Span]], Tensor],
+        k_TKC: Tensor,
+        v_TKC: Tensor,
+    ) -> Tensor:
+        """Each sequence with its keys gathered: its own rows, and before them those that are others' as well."""
+        first = min(start, *(s.first for s in sequences))
+        if first < start:
+            k, v = self._with_earlier(layer, first, start, traces, k_TKC, v_TKC)
+        else:
+            k, v = k_TKC, v_TKC
+            if not torch.is_grad_enabled() and self._cuts(stop):
+                self._remember(layer, start, k_TKC, v_TKC)
+        places: list[int] = []
+        spans = []
+        for s in sequences:
+            first_key = len(places)
+            places += s.rows(stop)
+            spans.append(Span(max(s.start, start) - start, min(s.stop, stop) - start, first_key, len(places)))
+        places_L = torch.tensor(places, device=k.device) - first
+        return attend(k.index_select(0, places_L), v.index_select(0, places_L), spans)
+
+    def _with_earlier(
+        self,
+        layer: int,
+        first: int,
+        start: int,
+        traces: list[tuple[Tensor, Tensor]],
+        k_TKC: Tensor,
+        v_TKC: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """A window's keys and values after those of rows first:start."""
         earlier_k, earlier_v = self._earlier(layer, first, start)
         if torch.is_grad_enabled():
             earlier_k, earlier_v = earlier_k.detach().requires_grad_(), earlier_v.detach().requires_grad_()
             traces.append((earlier_k, earlier_v))
         else:
             self._remember(layer, start, k_TKC, v_TKC)
-        past = start - first.start
-        spans = [Span(low, high, low + past if low else 0, high + past) for low, high in ranges]
-        return attend(q_THC, torch.cat((earlier_k, k_TKC)), torch.cat((earlier_v, v_TKC)), spans)
+        return torch.cat((earlier_k, k_TKC)), torch.cat((earlier_v, v_TKC))
 
-    def _earlier(self, layer: int, sequence: TrainSequence, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a sequence's rows before `stop`, computed again unless they are at hand."""
+    def _earlier(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows start:stop, computed again unless they are at hand."""
         keys = self._keys_of(layer)
-        at = sequence.start
+        at = start
         while at < stop:
             known = next((high for low, high in keys.known if low <= at < high), None)
             if known is None:
@@ -357,7 +433,7 @@ class Microbatch:
                     self._remember(layer, at, *self._keys_again(layer, at, end))
                 known = end
             at = known
-        return keys.k_NKC[sequence.start : stop], keys.v_NKC[sequence.start : stop]
+        return keys.k_NKC[start:stop], keys.v_NKC[start:stop]
 
     def _keys_again(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         if (layer, "qkv") in self._kept:
@@ -414,15 +490,12 @@ class Microbatch:
     def _angles_of(self, start: int, stop: int) -> Angles:
         return {rope: (cos[start:stop], sin[start:stop]) for rope, (cos, sin) in self._angles.items()}
 
-    def _index_of(self, token: int) -> int:
-        return next(i for i, s in enumerate(self.sequences) if s.stop > token)
-
     def _overlapping(self, start: int, stop: int) -> list[TrainSequence]:
         return [s for s in self.sequences if s.start < stop and s.stop > start]
 
     def _cuts(self, stop: int) -> bool:
         """Whether a sequence goes on after `stop`."""
-        return any(s.start < stop < s.stop for s in self.sequences)
+        return any(s.first < stop < s.stop for s in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -519,15 +592,13 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_TI, None, None, None, None, None
 
 
-def logits(decoder: Decoder, dense: DenseLayer, x_MD: Tensor) -> Tensor:
-    """float32 logits [M, V] of the last layer's output, differentiable."""
-    head = decoder.weights.lm_head
-    logits_MV = _AdaptedLinear.apply(
-        decoder.norm(x_MD, decoder.weights.final_norm_D), None, None, head, decoder.kernels,
+def raw_logits(decoder: Decoder, dense: DenseLayer, x_MD: Tensor) -> Tensor:
+    """What the head makes of the last layer's output: [M, V] in the model's dtype, before a soft cap; differentiable,
+    and its backward does not look at the logits, which may be overwritten."""
+    return _AdaptedLinear.apply(
+        decoder.norm(x_MD, decoder.weights.final_norm_D), None, None, decoder.weights.lm_head, decoder.kernels,
         partial(dense.weight, len(decoder.weights.layers), "lm_head"),
-    ).float()  # fmt: skip
-    cap = decoder.spec.final_softcap
-    return logits_MV if cap is None else decoder.kernels.softcap(logits_MV, cap)
+    )  # fmt: skip
 
 
 def dropout_mask(rate: float, key: tuple[int, int, str], position: int, length: int, like_TI: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -229,16 +230,19 @@ def causal_attention(
     Spans follow each other and cover all rows; the queries of one are the last of its keys. `window` and `softcap` as
     in `attention`.
     """
-    parts, alike = [], [span for span in spans if span.num_keys == span.length]
-    if len(alike) != len(spans):
-        first = spans[0]
-        assert alike == list(spans[1:]), "only the first sequence has earlier keys"
-        q, k, v = q_THD[: first.stop], k_LKD[: first.last_key], v_LKD[: first.last_key]
-        parts.append(_attend_equal(q[None], k[None], v[None], scale, window, softcap)[0])
-    if alike:
-        q, k, v = q_THD[alike[0].start :], k_LKD[alike[0].first_key :], v_LKD[alike[0].first_key :]
-        lengths = [span.length for span in alike]
-        parts.append(_attend_whole(q, k, v, lengths, scale, window, softcap))
+    parts = []
+    for is_whole, group in groupby(spans, lambda span: span.num_keys == span.length):
+        members = list(group)
+        # Those with keys before their own queries go one at a time.
+        for alike in [members] if is_whole else [[span] for span in members]:
+            queries = slice(alike[0].start, alike[-1].stop)
+            keys = slice(alike[0].first_key, alike[-1].last_key)
+            q, k, v = q_THD[queries], k_LKD[keys], v_LKD[keys]
+            if is_whole:
+                lengths = [span.length for span in alike]
+                parts.append(_attend_whole(q, k, v, lengths, scale, window, softcap))
+            else:
+                parts.append(_attend_equal(q[None], k[None], v[None], scale, window, softcap)[0])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

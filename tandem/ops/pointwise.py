@@ -117,7 +117,7 @@ def cross_entropy_(
     is_best_M = logits_MV.argmax(-1) == targets_M  # not of the capped ones, which may be equal to the last bit
     if weights_M is not None:
         grad_MV = capped_MV.softmax(-1)
-        grad_MV[torch.arange(len(targets_M)), targets_M] -= 1.0
+        grad_MV[torch.arange(len(targets_M), device=targets_M.device), targets_M] -= 1.0
         grad_MV *= weights_M[:, None].float()
         if softcap is not None:
             grad_MV *= 1.0 - (capped_MV / softcap).square()

@@ -8,15 +8,19 @@ without an update between them follow each other closely.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tandem.scheduler.training import BackwardView, ForwardView, TrainRow, TrainView, UpdateView
-from tandem.work import FactorOp, FileOp, Nudge, Pass, Publish, Slice, StepPlan, TrainOp, Update
+from tandem.work import Example, FactorOp, FileOp, Nudge, Pass, Publish, Slice, StepPlan, TrainOp, Update
 
 # The share of a run of priority p is this to the power of p.
 PRIORITY_BASE = 2.0
 PRIORITY_LIMIT = 16
+# Examples that begin alike share what they have in common where it is at least so many tokens, and this part of a pass:
+# a microbatch of such examples cannot ride.
+LEAST_SHARED = 8
+SHARED_PART = 0.2
 
 
 @dataclass(slots=True, eq=False)
@@ -28,11 +32,13 @@ class Queued:
     num_taken: int = 0
     num_left: int = 0
     parameters_done: int = 0
+    shares: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class RunQueue:
-    """One run's operations in order. `service` is what it has got so far, in tokens over its share."""
+    """One run's operations in order. `service` is what it has got so far, in tokens over its share. `is_away`: its
+    tensors are not in memory, so nothing of it can run. `is_held`: no further example of it begins."""
 
     run_id: str
     version: int
@@ -40,12 +46,15 @@ class RunQueue:
     share: float
     may_ride: bool
     service: float = 0.0
+    is_away: bool = False
+    is_held: bool = False
     ops: deque[Queued] = field(default_factory=deque)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """One example in a microbatch; `row` is below 0."""
+    """One example in a microbatch; `row` is below 0. Its first tokens may be those of earlier rows: `past` says where
+    in the microbatch these are, and `length` counts the others."""
 
     row: int
     run: RunQueue
@@ -53,6 +62,11 @@ class BatchRow:
     index: int
     length: int
     num_counted: int
+    past: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_shared(self) -> int:
+        return sum(stop - start for start, stop in self.past)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,11 +88,33 @@ class Batch:
     num_counted: int = 0
 
     def __post_init__(self) -> None:
-        self.train_rows = tuple(TrainRow(r.row, r.length, r.run.version) for r in self.rows)
+        self._arrange(self.rows)
         self.num_tokens = sum(r.length for r in self.rows)
         self.num_counted = sum(r.num_counted for r in self.rows)
         self.learns = self.learns and self.num_counted > 0
         self.back_layer, self.stop = self.num_layers - 1, self.num_tokens
+
+    def _arrange(self, rows: Sequence[BatchRow]) -> None:
+        self.rows = tuple(rows)
+        self.train_rows = tuple(TrainRow(r.row, r.length, r.run.version, r.num_shared) for r in rows)
+
+    @property
+    def is_shared(self) -> bool:
+        """Some rows' first tokens are those of others."""
+        return any(r.past for r in self.rows)
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of its examples, whether they are shared or not."""
+        return sum(r.length + r.num_shared for r in self.rows)
+
+    def skip(self, known: Collection[int]) -> None:
+        """These rows have been through all layers before. They come first; where rows share tokens it is all or
+        none."""
+        assert not self.done and self.layer is None and (not self.is_shared or len(known) in (0, len(self.rows)))
+        first = [r for r in self.rows if r.row in known]
+        self._arrange(first + [r for r in self.rows if r.row not in known])
+        self.done = sum(r.length for r in first)
 
     @property
     def is_up(self) -> bool:
@@ -99,25 +135,26 @@ class Batch:
         if self.layer is not None:
             up += self.layer * (self.num_tokens - passed) + self.cut - passed
         down = (layers - 1 - self.back_layer) * self.num_tokens + self.num_tokens - self.stop
-        return (up + 2 * down) / (3 * layers)
+        return (up + 2 * down) / (3 * layers) * self.num_read / self.num_tokens
 
     @property
     def may_ride(self) -> bool:
-        """Its rows' adapters are those that serving knows."""
-        return all(r.run.may_ride and not _is_frozen(r.queued.op) for r in self.rows)
+        """Its rows' adapters are those that serving knows, and each has all of its tokens."""
+        return all(r.run.may_ride and not r.past and not _is_frozen(r.queued.op) for r in self.rows)
 
 
 class Progress:
     """All runs. At most one microbatch is on its way up and one on its way down.
 
     `batch_tokens`: tokens of a microbatch at most (a longer example goes alone). `mixes`: examples of several runs may
-    share a microbatch.
+    share a microbatch. `shares`: those that begin alike may share tokens.
     """
 
-    def __init__(self, num_layers: int, batch_tokens: int, mixes: bool) -> None:
+    def __init__(self, num_layers: int, batch_tokens: int, mixes: bool, shares: bool = False) -> None:
         self.num_layers = num_layers
         self.batch_tokens = batch_tokens
         self.mixes = mixes
+        self.shares = shares
         self.forward: Batch | None = None
         self.backward: Batch | None = None
         self._runs: dict[str, RunQueue] = {}
@@ -134,8 +171,11 @@ class Progress:
         return (
             self.forward is not None
             or self.backward is not None
-            or any(run.ops and not isinstance(run.ops[0].op, FileOp) for run in self._runs.values())
+            or any(run.ops and not isinstance(run.ops[0].op, FileOp) for run in self._present())
         )
+
+    def _present(self) -> Iterator[RunQueue]:
+        return (run for run in self._runs.values() if not run.is_away)
 
     def open(self, run_id: str, version: int, num_parameters: int, priority: int, may_ride: bool) -> None:
         """A new run; it starts with as much service as the one that has had least."""
@@ -164,9 +204,11 @@ class Progress:
         """Add an operation to its run's queue. The run is open, a pass has examples."""
         num_left = len(op.examples) if isinstance(op, Pass) else 0
         run = self._runs[op.run_id]
+        # Without dropout, a token is computed to the same whatever comes after it.
+        shares = self.shares and run.may_ride and isinstance(op, Pass) and _is_worth_sharing(op)
         if not run.ops:  # what it did not ask for earlier it cannot claim now
             run.service = max(run.service, min((r.service for r in self._runs.values() if r.ops), default=0.0))
-        run.ops.append(Queued(op_id, op, num_left=num_left))
+        run.ops.append(Queued(op_id, op, num_left=num_left, shares=shares))
 
     # ------------------------------------------------------------ what could run
 
@@ -176,7 +218,8 @@ class Progress:
             return None
         rows: list[BatchRow] = []
         learns, frozen, num_tokens = True, False, 0
-        for run in sorted(self._runs.values(), key=lambda r: r.service):
+        for run in sorted((r for r in self._present() if not r.is_held), key=lambda r: r.service):
+            prefixes = Prefixes()
             while (queued := _next_pass(run)) is not None:
                 op = queued.op
                 assert isinstance(op, Pass)
@@ -185,14 +228,10 @@ class Progress:
                     break
                 first = queued.num_taken
                 group = range(first, first + op.group_size)
-                length = sum(len(op.examples[i].tokens) for i in group)
+                found, length = self._rows_of(run, queued, group, num_tokens, prefixes)
                 if rows and num_tokens + length > self.batch_tokens:
                     return self._start(rows, learns)
-                rows += [
-                    BatchRow(self._next_row - i, run, queued, first + i, len(op.examples[first + i].tokens),
-                             op.num_counted(first + i))
-                    for i in range(len(group))
-                ]  # fmt: skip
+                rows += found
                 self._next_row -= len(group)
                 learns, frozen, num_tokens = op.learns, op.frozen, num_tokens + length
                 queued.num_taken += len(group)
@@ -200,6 +239,20 @@ class Progress:
             if rows and not self.mixes:
                 break
         return self._start(rows, learns) if rows else None
+
+    def _rows_of(
+        self, run: RunQueue, queued: Queued, group: range, start: int, prefixes: Prefixes
+    ) -> tuple[list[BatchRow], int]:
+        """The rows of some examples if the first is to begin at token `start` of a microbatch, and their tokens."""
+        op, rows, at = queued.op, [], start
+        assert isinstance(op, Pass)
+        for i, index in enumerate(group):
+            example = op.examples[index]
+            past = prefixes.place(example, at) if queued.shares else ()
+            length = len(example.tokens) - sum(high - low for low, high in past)
+            rows.append(BatchRow(self._next_row - i, run, queued, index, length, op.num_counted(index), past))
+            at += length
+        return rows, at - start
 
     def _start(self, rows: Sequence[BatchRow], learns: bool) -> Batch:
         self.forward = Batch(self._next_batch, tuple(rows), learns, self.num_layers)
@@ -221,7 +274,7 @@ class Progress:
             )  # fmt: skip
         updates = tuple(
             UpdateView(run.version, run.num_parameters, run.ops[0].parameters_done, _kind(op))
-            for run in self._runs.values()
+            for run in self._present()
             if run.ops and isinstance(op := run.ops[0].op, FactorOp)
         )
         if forward is None and backward is None and not updates:
@@ -235,12 +288,22 @@ class Progress:
 
     def due_files(self) -> list[tuple[RunQueue, Queued]]:
         """Runs whose next operation is a save or a load."""
-        return [(run, run.ops[0]) for run in self._runs.values() if run.ops and isinstance(run.ops[0].op, FileOp)]
+        return [(run, run.ops[0]) for run in self._present() if run.ops and isinstance(run.ops[0].op, FileOp)]
 
     def due_publications(self) -> list[tuple[RunQueue, Publish]]:
         """Runs to be published as they are now; pop each before asking again."""
-        heads = [(run, run.ops[0].op) for run in self._runs.values() if run.ops]
+        heads = [(run, run.ops[0].op) for run in self._present() if run.ops]
         return [(run, op) for run, op in heads if isinstance(op, Publish)]
+
+    def may_leave(self, run: RunQueue) -> bool:
+        """Whether nothing of a run is under way, and what comes next is more than an update, which is over in a moment
+        and leaves less to be carried. Between the parts of a probe is for the caller to see."""
+        if self.uses(run.version):
+            return False
+        if not run.ops:
+            return True
+        first = run.ops[0]
+        return isinstance(first.op, Pass) or (isinstance(first.op, Nudge) and not first.parameters_done)
 
     # ------------------------------------------------------------ what has run
 
@@ -261,9 +324,15 @@ class Progress:
                 if row.queued.num_left == 0 and self._is_open(row.run):
                     finished_ops.append(self.pop(row.run.run_id))
             self.backward = None
-        if self.backward is None and self.forward is not None and self.forward.is_up:
-            self.forward, self.backward = None, self.forward
+        self.turn()
         return finished_ops, finished
+
+    def turn(self) -> bool:
+        """Send the microbatch that is up on its way down, if there is one and no other is; whether there was."""
+        if self.backward is not None or self.forward is None or not self.forward.is_up:
+            return False
+        self.forward, self.backward = None, self.forward
+        return True
 
     def _move(self, piece: Slice, finished_ops: list[Queued]) -> None:
         match piece.kind:
@@ -294,6 +363,14 @@ class Progress:
         """A run's first operation, which is done (or has failed)."""
         return self._runs[run_id].ops.popleft()
 
+    def drop(self, run_id: str) -> list[Queued]:
+        """Give up all that a run has queued, none of which is in a microbatch."""
+        run = self._runs[run_id]
+        assert not self.uses(run.version)
+        dropped = list(run.ops)
+        run.ops.clear()
+        return dropped
+
     def abandon(self, run_ids: Collection[str]) -> tuple[list[Queued], list[Batch]]:
         """Give up every microbatch on its way, and all that these runs and those in the microbatches have queued, which
         could only go wrong now. Returns both."""
@@ -311,6 +388,53 @@ class Progress:
         assert self.forward is not None and self.forward.layer is None
         self.forward.layer, self.forward.cut = 0, self.forward.done
         return self.forward
+
+
+class Prefixes:
+    """The first tokens, without a weight in the loss, of a run's examples in a microbatch, and where they are."""
+
+    def __init__(self) -> None:
+        self._tree: dict[int, tuple[int, dict]] = {}  # token -> its place, and the tokens after it
+
+    def place(self, example: Example, start: int) -> tuple[tuple[int, int], ...]:
+        """Where an example's first tokens are already; the others go to the places from `start` on."""
+        tokens, most = example.tokens, _num_unweighted(example)
+        tree, places, at = self._tree, [], 0
+        while at < most and (known := tree.get(tokens[at])) is not None:
+            places.append(known[0])
+            tree, at = known[1], at + 1
+        if at < LEAST_SHARED:
+            tree, places, at = self._tree, [], 0
+        for place, token in enumerate(tokens[at:most], start):
+            tree = tree.setdefault(token, (place, {}))[1]
+        return tuple(_spans(places))
+
+
+def _num_unweighted(example: Example) -> int:
+    """How many of its first tokens other examples may share: those that no loss looks at, and not the last one."""
+    last = len(example.tokens) - 1
+    return next((i for i, weight in enumerate(example.weights[:last]) if weight), last)
+
+
+def _is_worth_sharing(op: Pass) -> bool:
+    if len({tuple(example.tokens[:LEAST_SHARED]) for example in op.examples}) == len(op.examples):
+        return False
+    prefixes, at = Prefixes(), 0
+    for example in op.examples:
+        shared = sum(stop - start for start, stop in prefixes.place(example, at))
+        at += len(example.tokens) - shared
+    return at <= (1 - SHARED_PART) * sum(len(example.tokens) for example in op.examples)
+
+
+def _spans(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring places together, as (start, stop)."""
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if found and found[-1][1] == place:
+            found[-1] = found[-1][0], place + 1
+        else:
+            found.append((place, place + 1))
+    return found
 
 
 def _is_frozen(op: TrainOp | Nudge) -> bool:

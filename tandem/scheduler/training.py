@@ -27,11 +27,13 @@ RIDE_STEP = 4
 
 
 class TrainRow(NamedTuple):
-    """One example of a microbatch; row ids of training are below 0."""
+    """One example of a microbatch; row ids of training are below 0. `past`: tokens before the `length` that it has in
+    common with earlier rows, whose business these are."""
 
     row: int
     length: int
     version: int
+    past: int = 0
 
 
 class ForwardView(NamedTuple):
@@ -85,7 +87,8 @@ class TrainView(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class TrainCost:
     """Predicted seconds of a slice, corrected after each one: per kind a fixed part, one per token, one per query x key
-    pair, and a scale. `unpack_s` is what the first backward slice of a layer takes more."""
+    pair, and a scale. `unpack_s` is what the first backward slice of a layer takes more, `ride_s` what a forward pass
+    of serving takes more for tokens that ride in it, beyond what as many tokens of requests would."""
 
     fixed_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("forward", "backward", "loss"), 2e-3))
     token_s: dict[str, float] = field(
@@ -94,6 +97,7 @@ class TrainCost:
     pair_s: dict[str, float] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
     unpack_s: float = 0.02
+    ride_s: float = 0.0
 
     def seconds(self, kind: str, tokens: int, pairs: int = 0, unpacks: bool = False) -> float:
         """Seconds of one slice of so many tokens (parameters, for an update)."""
@@ -110,6 +114,12 @@ class TrainCost:
         ratio = min(max(measured_s / predicted_s, 0.5), 2.0)
         scale = min(max(self.scale.get(kind, 1.0) * ratio**0.2, 1 / 64), 64.0)
         return replace(self, scale=self.scale | {kind: scale})
+
+    def corrected_ride(self, rest_s: float, step_s: float) -> TrainCost:
+        """The model after a step of `step_s` that took `rest_s` more than its tokens should: a tenth of the way there.
+        A single measurement says little: what it is compared with is a prediction too."""
+        rest_s = max(-0.25 * step_s, min(rest_s, 0.25 * step_s))
+        return replace(self, ride_s=max(0.0, self.ride_s + 0.1 * (rest_s - self.ride_s)))
 
 
 def first_guess(cost: CostModel, num_layers: int, head_share: float) -> TrainCost:
@@ -150,7 +160,7 @@ def pairs_of(rows: Sequence[TrainRow], start: int, stop: int) -> int:
     for row in rows:
         low, high = max(start - at, 0), min(stop - at, row.length)
         if low < high:
-            pairs += (high * (high + 1) - low * (low + 1)) // 2
+            pairs += (high * (high + 1) - low * (low + 1)) // 2 + row.past * (high - low)
         at += row.length
         if at >= stop:
             break
@@ -212,7 +222,7 @@ def _added_s(forward: ForwardView, load: Load, cost: CostModel, limits: TrainLim
     """What `tokens` more in the forward pass take."""
     pairs = pairs_of(forward.rows, forward.done, forward.done + tokens)
     more = Load(load.tokens + tokens, load.context, load.pairs + pairs, load.samples)
-    return limits.cost.scale.get("ride", 1.0) * (cost.seconds(more) - cost.seconds(load))
+    return limits.cost.ride_s + cost.seconds(more) - cost.seconds(load)
 
 
 def _ride(
@@ -227,7 +237,9 @@ def _ride(
     own_s = limits.cost.seconds("forward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
     most = min(forward.num_tokens - forward.done, limits.window or LARGEST_WINDOW)
     fits, best, saved_s = 0, 0, 0.0
-    for tokens in sorted({most, *range(RIDE_STEP, most, RIDE_STEP)}):
+    # As many rows as the next measured size has often cost no more than fewer.
+    knots = (knot - load.tokens for knot, _ in cost.points)
+    for tokens in sorted({most, *range(RIDE_STEP, most, RIDE_STEP), *(n for n in knots if 0 < n < most)}):
         added_s = _added_s(forward, load, cost, limits, tokens)
         if added_s + down_s * tokens > room_s:
             break

@@ -341,6 +341,24 @@ def test_deterministic_bits_do_not_depend_on_the_pace(make_engine: MakeEngine, r
     assert oracle.is_same(session.engine.weights(run_id), expected)
 
 
+def test_who_arrives_waits_for_one_slice_and_training_loses_nothing(make_engine: MakeEngine) -> None:
+    ops = recipe("big", 2)
+    expected = trained(make_engine("llama", deterministic=True), ops, LORAS["big"])
+    engine = make_engine("llama", deterministic=True, train_step_ms=1e4)
+    engine.open_run("big", LORAS["big"])
+    pending = {engine.enqueue(op) for op in ops}
+    run, most = engine.training.trainer.run, 0
+    counted: list[object] = []
+    engine.training.trainer.run = lambda *slice_and_due: counted.append(slice_and_due) or run(*slice_and_due)
+    while pending:
+        counted.clear()
+        engine.step(somebody_waits=lambda: True)
+        most = max(most, len(counted))
+        pending -= {op_id for op_id, _ in engine.take_reports()}
+    assert most == 1 and any(len(plan.slices) > 1 for plan, *_ in engine.plan_log)
+    assert oracle.is_same(engine.weights("big"), expected)
+
+
 @pytest.mark.parametrize("run_id", sorted(LORAS))
 def test_weights_trained_while_serving_are_those_trained_alone(make_engine: MakeEngine, run_id: str) -> None:
     """Bit for bit in deterministic mode; a run with dropout never rides."""
@@ -498,6 +516,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"train_window": 40, "train_batch_tokens": 50},
     {"deterministic": True},
     {"share_forward": False, "train_memory_bytes": 40_000, "train_window": 20},
+    {"max_resident_runs": 1, "train_batch_tokens": 40},
 )
 RUNS = st.sampled_from(sorted(LORAS))
 ACTIONS = st.lists(

@@ -15,7 +15,10 @@ from torch import Tensor
 from tandem.errors import ContextTooLong, InvalidRequest
 from tandem.finetune import losses
 from tandem.finetune.inputs import LOSSES, check_pass, resolved
-from tandem.finetune.losses import FORMULAS, Objective, Part, Terms, Totals
+from tandem.finetune.losses import FORMULAS, Head, Objective, Part, Terms, Totals
+from tandem.ops import pointwise
+from tandem.ops.cpu import library
+from tandem.ops.cpu.pointwise import Pointwise
 from tandem.work import Example, Pass, PassReport
 
 VOCAB, HIDDEN = 37, 12
@@ -29,6 +32,15 @@ def rng(seed: int) -> torch.Generator:
 def make_head(seed: int = 0) -> Callable[[Tensor], Tensor]:
     weight_VD = torch.randn(VOCAB, HIDDEN, generator=rng(seed))
     return lambda x: torch.tanh(x).to(torch.float32) @ weight_VD.T
+
+
+ISAS = ["torch", *library.available()[0]]
+
+
+def cross_entropy_of(isa: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The operation as torch does it, or compiled for an instruction set."""
+    compiled = library.load(isa)
+    return pointwise.cross_entropy_ if compiled is None else Pointwise(compiled).cross_entropy_
 
 
 def make_example(seed: int, length: int, soft: bool = False) -> Example:
@@ -86,7 +98,12 @@ def expected_loss(op: Pass, logits_by_example: Sequence[Tensor]) -> Tensor:
 
 
 def run_objective(
-    ops: Sequence[Pass], slice_length: int, learns: bool = True, dtype: torch.dtype = torch.float32
+    ops: Sequence[Pass],
+    slice_length: int,
+    learns: bool = True,
+    dtype: torch.dtype = torch.float32,
+    isa: str = "torch",
+    cap: float | None = None,
 ) -> tuple[list[PassReport], Tensor, Tensor, Callable[[Tensor], Tensor]]:
     """All examples of some operations as one microbatch. Returns reports, hidden states, their gradient, the head."""
     parts, at = [], 0
@@ -96,6 +113,7 @@ def run_objective(
             at += len(example.tokens)
     hidden_ND = torch.randn(at, HIDDEN, generator=rng(5)).to(dtype)
     objective, head = Objective(parts, torch.device("cpu")), make_head()
+    head_of_losses = Head(head, cross_entropy_of(isa), cap, VOCAB)
     grad_ND = torch.zeros_like(hidden_ND) if learns else None
     totals = {op_id: Totals() for op_id in range(len(ops))}
     num = len(objective.rows_M)
@@ -103,19 +121,23 @@ def run_objective(
         stop = min(start + slice_length, num)
         rows = objective.rows_M[start:stop]
         grad_MD = torch.full((stop - start, HIDDEN), float("nan")).to(dtype) if learns else None
-        objective.score(start, stop, hidden_ND[rows], head, VOCAB, grad_MD)
+        objective.score(start, stop, hidden_ND[rows], head_of_losses, grad_MD)
         if grad_ND is not None and grad_MD is not None:
             grad_ND[rows] = grad_MD
     objective.finish(totals, {}, grad_ND)
     return [t.report(0.0) for t in totals.values()], hidden_ND, grad_ND if learns else torch.zeros(0), head
 
 
-def check_against_autograd(ops: Sequence[Pass], slice_length: int) -> list[PassReport]:
+def check_against_autograd(
+    ops: Sequence[Pass], slice_length: int, isa: str = "torch", cap: float | None = None
+) -> list[PassReport]:
     for op in ops:
         check_pass(op, VOCAB, 1000)
-    reports, hidden_ND, grad_ND, head = run_objective(ops, slice_length)
+    reports, hidden_ND, grad_ND, head = run_objective(ops, slice_length, isa=isa, cap=cap)
     x = hidden_ND.clone().requires_grad_()
     logits = head(x)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     at, total = 0, torch.zeros(())
     for op, report in zip(ops, reports, strict=True):
         each = []
@@ -145,20 +167,24 @@ def make_op(loss: str, seed: int = 0, **more: Any) -> Pass:
     return Pass("r", [make_example(seed + i, 7 + 2 * i) for i in range(4)], True, loss, params, **more)
 
 
-@pytest.mark.parametrize("slice_length", [3, 16, 1000])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("slice_length", "cap"), [(3, None), (16, 3.0), (1000, None)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses_are_autograds(loss: str, slice_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_are_autograds(
+    loss: str, slice_length: int, cap: float | None, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 5 * VOCAB)
-    (report,) = check_against_autograd([make_op(loss)], slice_length)
+    (report,) = check_against_autograd([make_op(loss)], slice_length, isa, cap)
     counted = sum(w != 0 for e in make_op(loss).examples for w in e.weights)
     assert report.num_tokens == counted
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("wants_logprobs", [False, True])
-def test_operations_with_different_losses_share_a_microbatch(wants_logprobs: bool) -> None:
+def test_operations_with_different_losses_share_a_microbatch(wants_logprobs: bool, cap: float | None) -> None:
     ops = [make_op(loss, 10 * i, wants_logprobs=wants_logprobs) for i, loss in enumerate(LOSSES)]
     ops.append(Pass("r", [make_example(50 + i, 6, soft=i % 2 == 0) for i in range(3)], wants_logprobs=wants_logprobs))
-    reports = check_against_autograd(ops, 20)
+    reports = check_against_autograd(ops, 20, cap=cap)
     ppo = reports[list(LOSSES).index("ppo")].metrics
     assert 0 < ppo["num_clipped"] < reports[2].num_tokens
     assert reports[list(LOSSES).index("dpo")].metrics["num_pairs"] == 2
@@ -186,9 +212,22 @@ def test_tokens_without_weight_count_for_nothing() -> None:
         torch.testing.assert_close(found_ND, expected_ND)
 
 
-def test_gradients_in_bfloat16_are_near() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_token_has_the_same_bits_however_the_slices_are_cut(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head()
+    monkeypatch.setitem(globals(), "make_head", lambda: lambda x: torch.cat([head(row) for row in x.split(1)]))
+    ops = [make_op(loss, 10 * i, wants_logprobs=True) for i, loss in enumerate(LOSSES)]
+    expected, _, expected_ND, _ = run_objective(ops, 1000, isa=isa)
+    for slice_length in (1, 7, 20):
+        found, _, found_ND, _ = run_objective(ops, slice_length, isa=isa)
+        assert [report.logprobs for report in found] == [report.logprobs for report in expected]
+        assert torch.equal(found_ND, expected_ND)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gradients_in_bfloat16_are_near(isa: str) -> None:
     for loss in LOSSES:
-        _, hidden_ND, found_ND, _ = run_objective([make_op(loss)], 16, dtype=torch.bfloat16)
+        _, hidden_ND, found_ND, _ = run_objective([make_op(loss)], 16, dtype=torch.bfloat16, isa=isa)
         assert found_ND.dtype == torch.bfloat16
         x = hidden_ND.float().requires_grad_()
         op, at, each = make_op(loss), 0, []

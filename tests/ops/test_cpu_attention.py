@@ -238,6 +238,31 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [((a - b).norm() / max(b.norm(), 1.0)).item() for a, b in pairs]
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 5.0)])
+def test_every_sequence_may_have_earlier_keys(
+    kernels: CpuAttention, window: int | None, softcap: float | None
+) -> None:
+    """Together as each alone: queries, keys before the first of them."""
+    sizes, spans, at, key = [(30, 0), (4, 25), (1, 90), (17, 0), (8, 0), (12, 300)], [], 0, 0
+    for length, earlier in sizes:
+        spans.append(Span(at, at + length, key, key + earlier + length))
+        at, key = at + length, key + earlier + length
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(at, 4), (key, 2), (key, 2), (at, 4)]
+    tensors = [torch.randn(rows, heads, 16, generator=generator) for rows, heads in shapes]
+    options = {"window": window, "softcap": softcap}
+    alone = []
+    for start, stop, first, last in spans:
+        own = [x[first:last] if len(x) == key else x[start:stop] for x in tensors]
+        span = [Span(0, stop - start, 0, last - first)]
+        alone.append(gradients(reference.causal_attention, own, span, torch.float64, **options))
+    expected = [torch.cat(parts) for parts in zip(*alone, strict=True)]
+    for attention in (reference.causal_attention, kernels.causal_attention):
+        found = gradients(attention, tensors, spans, torch.float32, **options)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 5.0), (20, 3.0), (1, None)])
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.memory.residency import Busy, Residency, Where
 from tandem.scheduler import policy
 from tandem.scheduler.budget import CostModel, Load
 from tandem.scheduler.policy import Limits, RunningRow, Snapshot, WaitingRow
@@ -25,7 +26,7 @@ from tandem.scheduler.training import (
     first_guess,
     pairs_of,
 )
-from tandem.work import Example, OptimParams, Pass, Save, Update
+from tandem.work import Example, OptimParams, Pass, Publish, Save, Update
 
 LAYERS = 4
 ROWS = (TrainRow(-1, 300, 1), TrainRow(-2, 200, 1))
@@ -273,6 +274,119 @@ def test_shares_follow_priority():
         while progress.view(0, {}) and progress.forward is batch or progress.backward is batch:
             progress.commit(policy.plan(Snapshot(train=progress.view(0, {})), Limits()))
     assert served["high"] == pytest.approx(2 * served["low"], abs=2)
+
+
+def endless(progress, rng, run, op_id):
+    """Work of this run's own kind for ever: passes of one to four examples, with an update now and then."""
+    if rng.random() < 0.3:
+        return progress.enqueue(op_id, Update(run, OptimParams(learning_rate=1.0)))
+    longest = 10 * (1 + int(run) % 4)
+    progress.enqueue(op_id, Pass(run, [example(rng.randint(1, longest)) for _ in range(rng.randint(1, 4))]))
+
+
+def drained(progress, served):
+    """Run until a microbatch is done, the next one on its way behind it, adding up each run's tokens."""
+    while True:
+        progress.assemble()
+        if (view := progress.view(0, {})) is None:
+            return
+        _, finished = progress.commit(policy.plan(Snapshot(train=view), Limits()))
+        for batch in finished:
+            for row in batch.rows:
+                served[row.run.run_id] += row.length
+        if finished:
+            return
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+@pytest.mark.parametrize("room", [8, 3, 1])
+def test_eight_runs_with_endless_work_get_the_same(mixes, room):
+    """However long each one's sequences are, and however few of the runs may be in memory at once."""
+    rng, progress, residency = random.Random(0), Progress(LAYERS, batch_tokens=64, mixes=mixes), Residency(10**9, room)
+    served, op_id, num_moves = dict.fromkeys(map(str, range(8)), 0), 0, 0
+    for run in served:
+        progress.open(run, int(run), 100, 0, True)
+        residency.open(int(run), 1, int(run) < room)
+        progress.runs[run].is_away = int(run) >= room
+    for _ in range(4000):
+        for run, queue in progress.runs.items():
+            while len(queue.ops) < 3:
+                op_id += 1
+                endless(progress, rng, run, op_id)
+        wanting = {q.version: q.service for q in progress.runs.values() if q.is_away}
+        busy = [Busy(q.version, q.service, progress.may_leave(q)) for q in progress.runs.values() if not q.is_away]
+        moves = residency.arrange(wanting, [], busy, lead=16)
+        for queue in progress.runs.values():
+            if queue.version in moves.leave:
+                residency.move(queue.version, Where.HERE, Where.LEAVING)
+                residency.move(queue.version, Where.LEAVING, Where.AWAY)
+                queue.is_away, num_moves = True, num_moves + 1
+            elif queue.version in moves.come:
+                residency.move(queue.version, Where.AWAY, Where.COMING)
+                residency.move(queue.version, Where.COMING, Where.HERE)
+                queue.is_away = False
+            queue.is_held = queue.version in moves.hold
+        drained(progress, served)
+    assert max(served.values()) < 1.2 * min(served.values()), served
+    assert sum(served.values()) > 20_000 and (num_moves > 0) == (room < 8)
+
+
+def test_a_long_pass_makes_way_for_who_waits():
+    """One microbatch of it is always behind another, so it is never at rest of itself."""
+    progress, residency, served = Progress(LAYERS, batch_tokens=20, mixes=True), Residency(10**9, 1), {"a": 0, "b": 0}
+    for version, run in enumerate(served):
+        progress.open(run, version, 100, 0, True)
+        residency.open(version, 1, run == "a")
+        progress.runs[run].is_away = run == "b"
+        progress.enqueue(version, Pass(run, [example(10)] * 60))
+    for _ in range(8):
+        progress.assemble()
+        drained(progress, served)
+        ahead, waits = progress.runs["a"], progress.runs["b"]
+        busy = [Busy(ahead.version, ahead.service, progress.may_leave(ahead))]
+        moves = residency.arrange({waits.version: waits.service}, [], busy, lead=16)
+        ahead.is_held = ahead.version in moves.hold
+        if moves.leave:
+            break
+    assert moves.leave and 16 <= served["a"] <= 80 and progress.forward is progress.backward is None
+    ahead.is_held, ahead.is_away, waits.is_away = False, True, False
+    progress.assemble()
+    drained(progress, served)
+    assert served["b"] == 20
+
+
+def test_a_late_run_claims_nothing_of_the_past_and_is_not_kept_waiting():
+    progress, served = Progress(LAYERS, batch_tokens=40, mixes=True), {"old": 0, "new": 0}
+    rng = random.Random(1)
+    for version, run in enumerate(served):
+        progress.open(run, version, 100, 0, True)
+    for op_id in range(600):
+        progress.enqueue(op_id, Pass("old", [example(rng.randint(1, 20))]))
+    for _ in range(50):
+        drained(progress, served)
+    before = served["old"]
+    for op_id in range(600, 1000):
+        progress.enqueue(op_id, Pass("new", [example(rng.randint(1, 20))]))
+    for _ in range(50):
+        drained(progress, served)
+    assert served["new"] == pytest.approx(served["old"] - before, rel=0.2)
+
+
+def test_who_is_away_or_held_begins_nothing():
+    progress = Progress(LAYERS, batch_tokens=40, mixes=True)
+    for version, run in enumerate(("away", "held", "here")):
+        progress.open(run, version, 100, 0, True)
+        progress.enqueue(version, Pass(run, [example(5)]))
+    progress.runs["away"].is_away = progress.runs["held"].is_held = True
+    assert [row.run.run_id for row in progress.assemble().rows] == ["here"]
+    progress = Progress(LAYERS, batch_tokens=40, mixes=True)
+    progress.open("away", 1, 100, 0, True)
+    progress.runs["away"].is_away = True
+    for op in (Update("away", OptimParams(learning_rate=1.0)), Save("away", "x"), Publish("away", "name")):
+        progress.enqueue(1, op)
+        assert not progress.has_work and progress.view(0, {}) is None and not progress.due_files()
+        assert not progress.due_publications()
+        assert [queued.op for queued in progress.drop("away")] == [op]
 
 
 def test_closing_a_run_leaves_shared_microbatches_to_the_others():

@@ -115,6 +115,11 @@ def interface(sources: Path = SOURCES) -> dict[str, str]:
     return found
 
 
+def sources_hash(sources: Path = SOURCES) -> str:
+    """A hash of all kernels' sources: what was measured with others need not hold."""
+    return _hash(*(path.read_text() for path in sorted(sources.glob("*"))))
+
+
 def cpu_isas() -> list[str]:
     """Instruction sets this CPU and its operating system offer, best first. Linux only: elsewhere none is known."""
     try:
