@@ -324,7 +324,8 @@ class Engine:
         if len(plan.requests) == len(plan.segments):
             self.limits = replace(self.limits, cost=cost.corrected(plan.predicted_s, seconds))
         else:
-            self.training.learn_ride(seconds - cost.predict(plan.segments), seconds)
+            riding = sum(segment.length for segment in plan.segments if segment.row < 0)
+            self.training.learn_ride(seconds - cost.predict(plan.segments), riding, seconds)
 
     def _with_queue_time(
         self, admitted: Sequence[Row], result: StepResult, events: list[TokenEvent]

@@ -403,9 +403,9 @@ class Training:
         cost = self.limits.cost.corrected(piece.kind, predicted_s, seconds, unpacks)
         self.limits = replace(self.limits, cost=cost)
 
-    def learn_ride(self, rest_s: float, step_s: float) -> None:
-        """A step of `step_s` with riding tokens took `rest_s` more than serving's cost model says of its tokens."""
-        self.limits = replace(self.limits, cost=self.limits.cost.corrected_ride(rest_s, step_s))
+    def learn_ride(self, rest_s: float, tokens: int, step_s: float) -> None:
+        """A step of `step_s` in which so many tokens rode took `rest_s` more than serving's cost model says."""
+        self.limits = replace(self.limits, cost=self.limits.cost.corrected_ride(rest_s, tokens, step_s))
 
     def _refused(self, piece: Slice, error: TandemError) -> tuple[Queued, TandemError]:
         run = self._run_of(piece)

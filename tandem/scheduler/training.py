@@ -87,8 +87,8 @@ class TrainView(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class TrainCost:
     """Predicted seconds of a slice, corrected after each one: per kind a fixed part, one per token, one per query x key
-    pair, and a scale. `unpack_s` is what the first backward slice of a layer takes more, `ride_s` what a forward pass
-    of serving takes more for tokens that ride in it, beyond what as many tokens of requests would."""
+    pair, and a scale. `unpack_s` is what the first backward slice of a layer takes more, `ride_s` what a token
+    that rides takes beyond what a request's would."""
 
     fixed_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("forward", "backward", "loss"), 2e-3))
     token_s: dict[str, float] = field(
@@ -115,11 +115,11 @@ class TrainCost:
         scale = min(max(self.scale.get(kind, 1.0) * ratio**0.2, 1 / 64), 64.0)
         return replace(self, scale=self.scale | {kind: scale})
 
-    def corrected_ride(self, rest_s: float, step_s: float) -> TrainCost:
-        """The model after a step of `step_s` that took `rest_s` more than its tokens should: a tenth of the way there.
-        A single measurement says little: what it is compared with is a prediction too."""
-        rest_s = max(-0.25 * step_s, min(rest_s, 0.25 * step_s))
-        return replace(self, ride_s=max(0.0, self.ride_s + 0.1 * (rest_s - self.ride_s)))
+    def corrected_ride(self, rest_s: float, tokens: int, step_s: float) -> TrainCost:
+        """The model after a step of `step_s` with so many riding tokens that took `rest_s` more than it should: a tenth
+        of the way there. A single measurement says little: what it is compared with is a prediction too."""
+        each_s = max(-0.25 * step_s, min(rest_s, 0.25 * step_s)) / tokens
+        return replace(self, ride_s=max(0.0, self.ride_s + 0.1 * (each_s - self.ride_s)))
 
 
 def first_guess(cost: CostModel, num_layers: int, head_share: float) -> TrainCost:
@@ -222,7 +222,7 @@ def _added_s(forward: ForwardView, load: Load, cost: CostModel, limits: TrainLim
     """What `tokens` more in the forward pass take."""
     pairs = pairs_of(forward.rows, forward.done, forward.done + tokens)
     more = Load(load.tokens + tokens, load.context, load.pairs + pairs, load.samples)
-    return limits.cost.ride_s + cost.seconds(more) - cost.seconds(load)
+    return limits.cost.ride_s * tokens + cost.seconds(more) - cost.seconds(load)
 
 
 def _ride(

@@ -58,6 +58,8 @@ POST /v1/adapters/export
 POST /v1/adapters/promote
 POST /v1/adapters/rollback
 POST /v1/files
+POST /v1/fine_tuning/alpha/graders/run
+POST /v1/fine_tuning/alpha/graders/validate
 POST /v1/fine_tuning/jobs
 POST /v1/fine_tuning/jobs/{job_id}/cancel
 POST /v1/fine_tuning/jobs/{job_id}/pause
