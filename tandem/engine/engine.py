@@ -323,6 +323,7 @@ class Engine:
         cost = self.limits.cost
         if len(plan.requests) == len(plan.segments):
             self.limits = replace(self.limits, cost=cost.corrected(plan.predicted_s, seconds))
+            self.training.doubt_ride()
         else:
             riding = sum(segment.length for segment in plan.segments if segment.row < 0)
             self.training.learn_ride(seconds - cost.predict(plan.segments), riding, seconds)

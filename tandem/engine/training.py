@@ -41,6 +41,8 @@ from tandem.work import (
     UpdateReport,
 )
 
+# How much of what riding took is still believed a step later.
+RIDE_MEMORY = 0.97
 # Slices keep an arriving request waiting for at most this share of its target.
 TTFT_SHARE = 0.25
 # What comes of an operation: None of a save or a load.
@@ -406,6 +408,12 @@ class Training:
     def learn_ride(self, rest_s: float, tokens: int, step_s: float) -> None:
         """A step of `step_s` in which so many tokens rode took `rest_s` more than serving's cost model says."""
         self.limits = replace(self.limits, cost=self.limits.cost.corrected_ride(rest_s, tokens, step_s))
+
+    def doubt_ride(self) -> None:
+        """A step without riding tokens: what they would take is remembered less and less, or a few slow steps would keep
+        them out for good."""
+        cost = self.limits.cost
+        self.limits = replace(self.limits, cost=replace(cost, ride_s=RIDE_MEMORY * cost.ride_s))
 
     def _refused(self, piece: Slice, error: TandemError) -> tuple[Queued, TandemError]:
         run = self._run_of(piece)

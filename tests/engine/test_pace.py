@@ -44,11 +44,11 @@ def test_time_is_put_by_for_the_next_prompt(pace):
     for _ in range(2):
         pace.stalled(0.15, 10.1)
     pace.stalled(0.0, 10.2)
-    few, many = row(1, 2), row(1, 50)
+    few, many = row(1, 2), row(1, 80)
     assert pace.slack_s([few], [], 10.0) == pytest.approx(2 * (AIM - PUT_BY) * 0.1)
-    assert pace.slack_s([many], [], 10.0) == pytest.approx(50 * AIM * 0.1 - 0.3)
+    assert pace.slack_s([many], [], 10.0) == pytest.approx(80 * AIM * 0.1 - 0.3)
     pace.p95_s(100.0)
-    assert pace.slack_s([many], [], 10.0) == pytest.approx(50 * AIM * 0.1), "an old stall is forgotten"
+    assert pace.slack_s([many], [], 10.0) == pytest.approx(80 * AIM * 0.1), "an old stall is forgotten"
 
 
 def test_who_waits_too_long_stops_training(pace):
