@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(render(table, [c.name for c in contenders])))
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": ground, "load": loads, "workloads": table}, indent=1) + "\n")
+    if args.plot:
+        plot(table, [c.name for c in contenders], args.plot)
     return 0
 
 
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tandem-args", default="", help="more flags for tandem bench throughput")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="draw the table into this PNG")
     return parser
 
 
@@ -163,6 +166,30 @@ def render(table: list[dict], names: list[str]) -> list[str]:
         cells.append(f"{100 * share:.0f} %" if share else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def plot(table: list[dict], names: list[str], path: str) -> None:
+    """Bars: each contender's speed by that of the slowest, one group for each workload. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(11, 4), layout="constrained")
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places, heights = [], []
+        for group, entry in enumerate(table):
+            seconds = {n: figures["median_seconds"] for n, figures in entry["engines"].items()}
+            if name in seconds:
+                places.append(group + (i - (len(names) - 1) / 2) * width)
+                heights.append(max(seconds.values()) / seconds[name])
+        axes.bar(places, heights, width, label=name)
+    axes.set_xticks(range(len(table)), [", ".join(map(str, entry["workload"])) for entry in table])
+    axes.set(xlabel="batch, prompt, generated", ylabel="times the slowest")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 def machine() -> dict:

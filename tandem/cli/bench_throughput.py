@@ -142,8 +142,9 @@ def _limits(engine: Engine) -> Limits:
     spec = worker.spec
     head = spec.hidden_size * spec.vocab_size
     # Every step multiplies by the head; an embedding table of its own is only looked up.
-    matmul_params = spec.num_parameters - (head if not spec.tie_embeddings else 0)
-    num_bytes = matmul_params * worker.dtype.itemsize
+    looked_up = head if not spec.tie_embeddings else 0
+    matmul_params = spec.num_parameters - looked_up
+    num_bytes = report.weight_bytes - looked_up * worker.dtype.itemsize
     return Limits(
         bandwidth=roofline.read_bandwidth(min(num_bytes, 2**30), worker.device),
         matmul_rate=roofline.matmul_rate(worker.dtype, worker.device),

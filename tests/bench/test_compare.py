@@ -38,7 +38,10 @@ def fake_tandem(tmp_path, monkeypatch):
 def test_rounds_alternate_and_ratios_are_of_medians(tmp_path, fake_tandem, capsys):
     peer = " ".join(script(tmp_path, "peer", row(2.0), row(0.25, 1, 512, 1), row(9.0, 7, 7, 7)))
     out = tmp_path / "out.json"
-    assert compare.main(["--model", "m", "--peer", f"slow={peer}", "--rounds", "3", "--json", str(out)]) == 0
+    picture = tmp_path / "out.png"
+    asked = ["--model", "m", "--peer", f"slow={peer}", "--rounds", "3", "--json", str(out), "--plot", str(picture)]
+    assert compare.main(asked) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "order").read_text().split() == ["tandem", "peer", "peer", "tandem", "tandem", "peer"]
     decode, prompt = json.loads(out.read_text())["workloads"]
     assert decode["ratios"] == {"slow": 2.0} and prompt["ratios"] == {"slow": 0.5}

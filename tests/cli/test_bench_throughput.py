@@ -1,11 +1,14 @@
 """`tandem bench throughput`: the roofline's arithmetic by hand, and one run of the real engine."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tandem.__main__ import main
-from tandem.cli.bench_throughput import Limits, row
+from tandem.cli.bench_throughput import Limits, _limits, row
+from tandem.ops import roofline
 
 LIMITS = Limits(
     bandwidth=100.0, matmul_rate=1000.0, weight_bytes=200, kv_bytes_per_token=1.0, flops_per_token=100.0,
@@ -37,6 +40,17 @@ def test_a_row_has_the_keys_of_every_engines_benchmark():
         "generated_tokens_per_s": 128.0, "total_tokens_per_s": 160.0,
     }  # fmt: skip
     assert row(1, 30, 1, 6.1, LIMITS)["roofline_share"] == 0.5
+
+
+def test_the_bound_reads_the_bytes_there_are(monkeypatch):
+    """Quantised weights are fewer; an embedding table of its own is looked up, not read."""
+    monkeypatch.setattr(roofline, "read_bandwidth", lambda *_: 1.0)
+    monkeypatch.setattr(roofline, "matmul_rate", lambda *_: 1.0)
+    report = SimpleNamespace(weight_bytes=1000, kv_bytes=64, num_blocks=4, block_size=16)
+    for tied, expected in ((True, 1000), (False, 1000 - 2 * 8 * 5)):
+        spec = SimpleNamespace(hidden_size=8, vocab_size=5, num_parameters=600, tie_embeddings=tied)
+        worker = SimpleNamespace(spec=spec, dtype=torch.bfloat16, device=torch.device("cpu"))
+        assert _limits(SimpleNamespace(report=report, worker=worker)).weight_bytes == expected
 
 
 def test_the_real_engine(tmp_path, capsys):
