@@ -30,7 +30,8 @@ FLAGS = {
         --weight-decay --max-grad-norm --priority --checkpoint-every --validate-every --format --seed
         --tokenizer --revision --dtype --device --max-model-len --num-threads --chat-template --block-size
         --kv-cache-memory-bytes --num-blocks --gpu-memory-utilization --train-memory-bytes --train-batch-tokens
-        --train-window --share-prefixes --deterministic --quantization --cpu-isa --kv-cache-dtype --autotune --optimizer""",
+        --train-window --share-prefixes --deterministic --quantization --cpu-isa --kv-cache-dtype --autotune
+        --optimizer""",
     "jobs ls": f"{SERVER} --json --limit",
     "jobs show": f"{SERVER} --json",
     "jobs logs": f"{SERVER} --follow",

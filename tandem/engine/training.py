@@ -410,8 +410,8 @@ class Training:
         self.limits = replace(self.limits, cost=self.limits.cost.corrected_ride(rest_s, tokens, step_s))
 
     def doubt_ride(self) -> None:
-        """A step without riding tokens: what they would take is remembered less and less, or a few slow steps would keep
-        them out for good."""
+        """A step without riding tokens: what they would take is remembered less and less, or a few slow steps would
+        keep them out for good."""
         cost = self.limits.cost
         self.limits = replace(self.limits, cost=replace(cost, ride_s=RIDE_MEMORY * cost.ride_s))
 
