@@ -21,14 +21,9 @@ OPTIONS = [(None, None), (6, None), (None, 2.0), (6, 2.0), (1, None)]
 BLOCK = 16
 
 
-@pytest.fixture(scope="module", params=["amx", "avx512", "avx2"])
-def kernels(request: pytest.FixtureRequest) -> CpuAttention:
-    usable, reasons = library.available()
-    if request.param not in usable:
-        pytest.skip(f"{request.param}: {reasons[request.param]}")
-    loaded = library.load(request.param)
-    assert loaded is not None
-    return CpuAttention(loaded)
+@pytest.fixture(scope="module")
+def kernels(compiled: library.Library) -> CpuAttention:
+    return CpuAttention(compiled)
 
 
 @pytest.fixture(autouse=True)

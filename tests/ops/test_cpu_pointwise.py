@@ -18,14 +18,9 @@ WIDTHS = [1, 5, 8, 16, 31, 64, 100, 515, 2049]
 CLOSE = {torch.float32: {"rtol": 2e-6, "atol": 2e-6}, torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2}}
 
 
-@pytest.fixture(scope="module", params=["amx", "avx512", "avx2"])
-def ops(request: pytest.FixtureRequest) -> Pointwise:
-    usable, reasons = library.available()
-    if request.param not in usable:
-        pytest.skip(f"{request.param}: {reasons[request.param]}")
-    loaded = library.load(request.param)
-    assert loaded is not None and loaded.isa == request.param
-    return Pointwise(loaded)
+@pytest.fixture(scope="module")
+def ops(compiled: library.Library) -> Pointwise:
+    return Pointwise(compiled)
 
 
 @pytest.fixture(autouse=True)

@@ -16,14 +16,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 VOCABS = [1, 7, 16, 33, 511, 512, 513, 3001, 128_256]
 
 
-@pytest.fixture(scope="module", params=["amx", "avx512", "avx2"])
-def ops(request: pytest.FixtureRequest) -> Sampling:
-    usable, reasons = library.available()
-    if request.param not in usable:
-        pytest.skip(f"{request.param}: {reasons[request.param]}")
-    loaded = library.load(request.param)
-    assert loaded is not None
-    return Sampling(loaded)
+@pytest.fixture(scope="module")
+def ops(compiled: library.Library) -> Sampling:
+    return Sampling(compiled)
 
 
 def logits(rows: int, vocab: int, dtype: torch.dtype, spread: float = 3.0) -> Tensor:

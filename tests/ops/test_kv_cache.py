@@ -17,14 +17,9 @@ from tandem.ops.kv_cache import QuantizedCache
 BITS = [8, 4]
 
 
-@pytest.fixture(scope="module", params=["amx", "avx512", "avx2"])
-def kernels(request: pytest.FixtureRequest) -> CpuAttention:
-    usable, reasons = library.available()
-    if request.param not in usable:
-        pytest.skip(f"{request.param}: {reasons[request.param]}")
-    loaded = library.load(request.param)
-    assert loaded is not None
-    return CpuAttention(loaded)
+@pytest.fixture(scope="module")
+def kernels(compiled: library.Library) -> CpuAttention:
+    return CpuAttention(compiled)
 
 
 def made(bits: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int) -> QuantizedCache:
