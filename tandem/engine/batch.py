@@ -2,7 +2,7 @@
 block tables of the last step (`Tables`), which are most of this one's.
 
 Shape letters: T flat tokens (padded), B rows of one query token, N blocks, M sampled rows, R rank rows of the adapters.
-The flat batch holds the plan's segments in order, rows of one token first, then padding up to MIN_ROWS.
+The flat batch holds the plan's segments in order, rows of one token first, then padding up to the least number of rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.model.decoder import MIN_ROWS
 from tandem.ops.attention import Chunk, Layout
 from tandem.work import Segment, StepPlan
 
@@ -84,9 +83,15 @@ class Tables:
 
 
 def build(
-    plan: StepPlan, rows: Mapping[int, RowLike], block_size: int, device: torch.device, tables: Tables | None = None
+    plan: StepPlan,
+    rows: Mapping[int, RowLike],
+    block_size: int,
+    device: torch.device,
+    min_rows: int,
+    tables: Tables | None = None,
 ) -> Batch:
-    """Lay out `plan`, whose rows are `rows`. `tables` is what the step before was laid out with.
+    """Lay out `plan`, whose rows are `rows`, with at least `min_rows` tokens. `tables` is what the step before was laid
+    out with.
 
     Everything but block tables goes into one list first. After a forward pass no code is in the processor's caches:
     the number of different operations counts, not how fast each would be in a loop.
@@ -121,7 +126,7 @@ def build(
             fresh.append(blocks[begun])
         ends.append(len(ids))
     sample_rows = [end - 1 for s, end in zip(segments, ends) if s.samples]
-    none = [0] * (MIN_ROWS - len(ids))
+    none = [0] * (min_rows - len(ids))
     flat = [*ids, *none, *positions, *none, *slots, *none, *contexts, *sample_rows, *fresh]
     sizes = (*[len(ids) + len(none)] * 3, num_singles, len(sample_rows), len(fresh))
     ids_T, positions_T, slots_T, context_B, sample_rows_M, fresh_N = torch.tensor(

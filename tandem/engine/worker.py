@@ -33,7 +33,7 @@ from tandem.work import EngineReport, SamplingParams, Segment, StepPlan, StepRes
 
 SCORED_ROWS = 64  # prompt tokens whose log-probabilities are computed at once
 # Batch sizes at which matmuls were seen to change their order of summation.
-PROBED_ROWS = (batches.MIN_ROWS, 16, 33, 64, 140, 512)
+PROBED_ROWS = (1, 4, 16, 33, 64, 140, 512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -82,9 +82,7 @@ class Worker:
         self.decoder = Decoder(self.spec, weights, self.kernels)
         is_plain = self.spec.final_softcap is None
         kernels = self.kernels
-        self.head = sampler.Head(
-            kernels.argmax, kernels.draw, kernels.draw_filtered, self.decoder.finished, is_plain
-        )
+        self.head = sampler.Head(kernels.argmax, kernels.draw, kernels.draw_filtered, self.decoder.finished, is_plain)
         self.load_s = time.perf_counter() - start
         self.name = model.model
         self.weight_bytes = weights.nbytes
@@ -203,7 +201,7 @@ class Worker:
         """Run one plan: block copies, one forward over all segments, sampling. `rank_rows`: version -> pool rows.
         `recorder` makes, of the rows' places in the flat batch, what keeps the activations training wants."""
         start = time.perf_counter()
-        batch = batches.build(plan, rows, self.block_size, self.device, self._tables)
+        batch = batches.build(plan, rows, self.block_size, self.device, self.kernels.min_rows, self._tables)
         self._prepare_blocks(batch, copies)
         record = recorder(batch.starts) if recorder else None
         lora = self._lora(batch, rank_rows or {})
@@ -336,7 +334,7 @@ class Worker:
             x_TI = torch.randn(PROBED_ROWS[-1], weight.in_features, device=self.device, generator=generator)
             x_TI = x_TI.to(self.dtype)
             whole_TO = self.kernels.linear(x_TI, weight)
-            for rows in PROBED_ROWS[:-1]:
+            for rows in [n for n in PROBED_ROWS[:-1] if n >= self.kernels.min_rows]:
                 if not torch.equal(self.kernels.linear(x_TI[:rows], weight), whole_TO[:rows]):
                     return False
         return True

@@ -26,9 +26,6 @@ from tandem.ops.attention import Layout
 from tandem.ops.kv_cache import QuantizedCache
 from tandem.ops.lora import Part, Stack
 
-MIN_ROWS = 4  # from here on a row's result does not depend on how many others there are
-
-
 # Per layer, by the decoder's linear: what adapters add to it.
 LayerStacks = Sequence[Mapping[str, Stack]]
 
@@ -90,7 +87,8 @@ class Decoder:
         record: Record | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [T, D]. Keys and values of all rows are written to `caches`, one per
-        layer, [2, num_blocks, K, block_size, head_dim] or quantised. T is at least 4, padding included."""
+        layer, [2, num_blocks, K, block_size, head_dim] or quantised. T is at least
+        `kernels.min_rows`, padding included."""
         groups = self.spec.num_heads // self.spec.num_kv_heads
         reads = {w: self.kernels.prepare_attention(layout, caches[0], w, groups) for w in self.windows}
         angles = self.angles(layout.positions_T)
@@ -122,8 +120,8 @@ class Decoder:
 
     def raw_logits(self, hidden_MD: Tensor) -> Tensor:
         """What the head makes of final hidden states, [M, V] in the model's dtype: ordered as the logits are."""
-        num_rows = len(hidden_MD)
-        padded = pad(hidden_MD, (0, 0, 0, MIN_ROWS - num_rows)) if num_rows < MIN_ROWS else hidden_MD
+        num_rows, least = len(hidden_MD), self.kernels.min_rows
+        padded = pad(hidden_MD, (0, 0, 0, least - num_rows)) if num_rows < least else hidden_MD
         return self.kernels.linear(padded, self.weights.lm_head)[:num_rows]
 
     def finished(self, raw_MV: Tensor) -> Tensor:

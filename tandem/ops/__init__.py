@@ -26,9 +26,11 @@ from tandem.ops.quant import Format
 
 @dataclass(frozen=True)
 class Kernels:
-    """One function per op. `name` says what was chosen, for the start-up line."""
+    """One function per op. `name` says what was chosen, for the start-up line; with at least `min_rows` rows, a row's
+    result does not depend on how many others a batch has."""
 
     name: str
+    min_rows: int
     prepare_attention: Callable[..., Any]
     attention: Callable[..., torch.Tensor]
     causal_attention: Callable[..., torch.Tensor]
@@ -93,6 +95,7 @@ def load(device: str, dtype: torch.dtype, cpu_isa: str = "auto", quantization: s
     attends: Any = CpuAttention(compiled) if compiled else attention
     return Kernels(
         name=", ".join(names),
+        min_rows=1 if tiles else linear.MIN_ROWS,
         prepare_attention=attends.prepare_attention,
         attention=attends.attention,
         causal_attention=attends.causal_attention,

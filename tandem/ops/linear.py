@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from torch.nn.functional import linear as dense_linear
 
+# Libraries have other kernels for fewer rows, which add up in another order.
+MIN_ROWS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
@@ -58,7 +61,7 @@ def pack(weight_OI: Tensor, bias: Tensor | None = None) -> LinearWeight:
 
 
 def linear(x_TI: Tensor, w: LinearWeight) -> Tensor:
-    """x @ weight.T + bias: [T, O]. Give at least 4 rows where equal rows must give equal results in any batch."""
+    """x @ weight.T + bias: [T, O]. Give at least MIN_ROWS rows where equal rows must be equal in any batch."""
     if w.format == "onednn":
         return torch.ops.mkldnn._linear_pointwise(x_TI, w.weight, w.bias, "none", [], "")
     return dense_linear(x_TI, w.weight, w.bias)

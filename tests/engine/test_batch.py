@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.batch import Batch, Tables, build
-from tandem.model.decoder import MIN_ROWS
 from tandem.work import Segment, StepPlan
 
 CPU = torch.device("cpu")
+MIN_ROWS = 4
 
 
 @dataclass
@@ -95,8 +95,8 @@ def test_any_traffic_is_laid_out_as_defined(seed: int, size: int, num_steps: int
         for s in segments:
             grow(rows[s.row], s.stop, size, fresh)
         plan = StepPlan(tuple(segments))
-        check(build(plan, rows, size, CPU, tables), plan, rows, size)
-        check(build(plan, rows, size, CPU), plan, rows, size)
+        check(build(plan, rows, size, CPU, MIN_ROWS, tables), plan, rows, size)
+        check(build(plan, rows, size, CPU, MIN_ROWS), plan, rows, size)
         for s in segments:
             computed[s.row] = s.stop
             if s.samples:
@@ -107,7 +107,7 @@ def test_a_step_does_not_change_the_layout_of_the_one_before() -> None:
     rows = {i: Row(list(range(9)), [3 * i + 1, 3 * i + 2, 3 * i + 3], 0) for i in range(3)}
     tables = Tables()
     plans = [StepPlan(tuple(Segment(i, start, 1, True) for i in range(3))) for start in range(9)]
-    batches = [build(plan, rows, 3, CPU, tables) for plan in plans]
+    batches = [build(plan, rows, 3, CPU, MIN_ROWS, tables) for plan in plans]
     for plan, batch in zip(plans, batches, strict=True):
         check(batch, plan, rows, 3)
 
@@ -115,4 +115,4 @@ def test_a_step_does_not_change_the_layout_of_the_one_before() -> None:
 def test_single_tokens_come_first() -> None:
     rows = {0: Row([1, 2], [1], 0), 1: Row([3], [2], 0)}
     with pytest.raises(AssertionError, match="come first"):
-        build(StepPlan((Segment(0, 0, 2, True), Segment(1, 0, 1, True))), rows, 4, CPU)
+        build(StepPlan((Segment(0, 0, 2, True), Segment(1, 0, 1, True))), rows, 4, CPU, MIN_ROWS)

@@ -8,6 +8,8 @@ Shape letters: T rows, I input features, O output features, R rank rows, P parts
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable
 
 import torch
@@ -20,6 +22,8 @@ from tandem.ops.linear import LinearWeight
 from tandem.ops.lora import Masks, Stack
 
 TILE_NUMBERS = 512  # of a tile of 32 input by 16 output features
+# From here on a weight lies on large pages where the system has them: it is read through in every step.
+LARGE_BYTES = 4 * 2**20
 
 
 class TileLinears:
@@ -40,7 +44,8 @@ class TileLinears:
             return reference.keep_plain(weight_OI, bias)
         weight_OI = weight_OI if weight_OI.stride(1) == 1 else weight_OI.contiguous()
         out_features, in_features = weight_OI.shape
-        tiles = torch.empty(2 * -(-out_features // 32), -(-in_features // 32), TILE_NUMBERS, dtype=torch.bfloat16)
+        shape = (2 * -(-out_features // 32), -(-in_features // 32), TILE_NUMBERS)
+        tiles = empty_weight(shape, torch.bfloat16)
         self._pack(weight_OI.data_ptr(), weight_OI.stride(0), out_features, in_features, tiles.data_ptr())
         return LinearWeight(in_features, out_features, bias, tiles, "tiles")
 
@@ -155,3 +160,14 @@ def lora_arguments(stack: Stack | None, foreign_TR: Tensor | None) -> tuple[int 
         return None, 0, 0, None, 0
     foreign = None if foreign_TR is None else foreign_TR.data_ptr()
     return stack.table.data_ptr(), len(stack.parts), stack.rank, foreign, stack.rank
+
+
+def empty_weight(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor with anything in it, whose memory is nobody else's."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(region, dtype=dtype, count=count).view(shape)

@@ -9,8 +9,6 @@ Shape letters: T rows, I input features, O output features, R rank rows, P parts
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +17,10 @@ from torch import Tensor
 
 from tandem.ops import lora, quant
 from tandem.ops.cpu.library import Library
-from tandem.ops.cpu.linear import lora_arguments, rows_together
+from tandem.ops.cpu.linear import empty_weight, lora_arguments, rows_together
 from tandem.ops.linear import LinearWeight
 from tandem.ops.lora import Masks, Stack
 from tandem.ops.quant import FORMATS, HEAD, Format
-
-# From here on a weight lies on large pages where the system has them: it is read through in every step.
-LARGE_BYTES = 4 * 2**20
 
 
 class QuantLinears:
@@ -62,7 +57,7 @@ class QuantLinears:
             return quant.pack(weight_OI, bias, format)
         weight_OI = rows_together(weight_OI)
         out_features, in_features = weight_OI.shape
-        packed = _empty(quant.packed_shape(out_features, in_features, format))
+        packed = empty_weight(quant.packed_shape(out_features, in_features, format), torch.uint8)
         self._pack[format](weight_OI.data_ptr(), weight_OI.stride(0), out_features, in_features, packed.data_ptr())
         return LinearWeight(in_features, out_features, bias, packed, format)
 
@@ -161,13 +156,3 @@ class QuantLinears:
             None if grad_PTR is None else grad_PTR.data_ptr(),
         )  # fmt: skip
         return grad_TI
-
-
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    """Bytes with anything in them."""
-    size = math.prod(shape)
-    if size < LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=torch.uint8)
-    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(region, dtype=torch.uint8, count=size).view(shape)

@@ -19,7 +19,8 @@ constexpr int64_t CACHED_BYTES = 1 << 19;
 constexpr int64_t LARGEST_GROUP = 16;
 // Tiles of two weight strips that stay in the first-level cache while the activations pass by.
 constexpr int64_t NEAR_STEPS = 16;
-constexpr int64_t PREFETCH_BYTES = 8192;
+// Within the page that is being read: a line further on would make the processor start reading ahead there as well.
+constexpr int64_t PREFETCH_BYTES = 2560;
 
 struct Buffers {
     Scratch activations, factors;

@@ -222,6 +222,32 @@ struct CodeLanes {
 };
 #endif
 
+#if defined(TANDEM_AVX512)
+// Two rows of a right tile from 64 int8 codes, times the scales of a half's outputs.
+struct Widen8 {
+    const __m512* scale;
+    __m512 zero[2];
+
+    TANDEM_INLINE explicit Widen8(const __m512* scale) : scale(scale) {
+        const __m512 bias = _mm512_set1_ps(-(32768.0f + 128.0f));
+        for (int part = 0; part < 2; ++part) zero[part] = _mm512_mul_ps(scale[part], bias);
+    }
+
+    TANDEM_INLINE void rows(const uint8_t* codes, __m512i* found) const {
+        static constexpr CodeLanes lanes;
+        const __m512i exponent = _mm512_set1_epi32(0x47000000), two = _mm512_loadu_si512(codes);
+        __m512 values[4];
+        for (int part = 0; part < 4; ++part) {
+            const __m512i placed = _mm512_mask_permutexvar_epi8(exponent, 0x2222222222222222ull,
+                                                                _mm512_load_si512(lanes.at[part]), two);
+            // Exact: a product of 17 and 8 bits, of which the same is taken away.
+            values[part] = _mm512_fmadd_ps(_mm512_castsi512_ps(placed), scale[part % 2], zero[part % 2]);
+        }
+        for (int r = 0; r < 2; ++r) found[r] = (__m512i)_mm512_cvtne2ps_pbh(values[2 * r + 1], values[2 * r]);
+    }
+};
+#endif
+
 // One step of int8 codes as two right tiles, `apart` bytes from each other. With FAR, the codes so many bytes further
 // on are brought nearer, line by line: more than a few at once would hold up the loads after them.
 template <int64_t FAR = 0>
@@ -229,27 +255,14 @@ TANDEM_INLINE void expand_int8(const uint8_t* codes, const Scales& scales, char*
     for (int half = 0; half < 2; ++half) {
         bf16* tile = reinterpret_cast<bf16*>(to + half * apart);
 #if defined(TANDEM_AVX512)
-        static constexpr CodeLanes lanes;
-        const __m512i exponent = _mm512_set1_epi32(0x47000000);
-        const __m512 bias = _mm512_set1_ps(-(32768.0f + 128.0f));
-        const __m512 *scale = scales.twice + 2 * half, zero[2] = {_mm512_mul_ps(scale[0], bias),
-                                                                  _mm512_mul_ps(scale[1], bias)};
+        const Widen8 widen(scales.twice + 2 * half);
 #pragma GCC unroll 8
         for (int64_t p = 0; p < 16; p += 2) {
             const uint8_t* row = codes + half * 512 + p * 32;
-            if (FAR) _mm_prefetch(reinterpret_cast<const char*>(row) + FAR, _MM_HINT_T0);
-            const __m512i two = _mm512_loadu_si512(row);
-            __m512 values[4];
-            for (int part = 0; part < 4; ++part) {
-                const __m512i placed = _mm512_mask_permutexvar_epi8(exponent, 0x2222222222222222ull,
-                                                                    _mm512_load_si512(lanes.at[part]), two);
-                // Exact: a product of 17 and 8 bits, of which the same is taken away.
-                values[part] = _mm512_fmadd_ps(_mm512_castsi512_ps(placed), scale[part % 2], zero[part % 2]);
-            }
-            for (int r = 0; r < 2; ++r) {
-                const __m512bh both = _mm512_cvtne2ps_pbh(values[2 * r + 1], values[2 * r]);
-                _mm512_storeu_si512(tile + (p + r) * 32, (__m512i)both);
-            }
+            if (FAR) _mm_prefetch(reinterpret_cast<const char*>(row) + FAR, _MM_HINT_T1);
+            __m512i found[2];
+            widen.rows(row, found);
+            for (int r = 0; r < 2; ++r) _mm512_storeu_si512(tile + (p + r) * 32, found[r]);
         }
 #else
         for (int64_t p = 0; p < 16; ++p)

@@ -73,6 +73,78 @@ TANDEM_INLINE void expand_int4(const uint8_t* step, char* to, int64_t apart) {
     }
 }
 
+#if defined(TANDEM_AVX512)
+
+constexpr int64_t FEW = 4;
+
+// Of M rows' 64 inputs, as a left tile has them, and a block's codes for them: sums of the products by half of the
+// outputs, group of inputs and row; the second group's are times 16.
+template <int M>
+struct GroupSums {
+    __m512i of[2][2][M] = {};
+
+    TANDEM_INLINE GroupSums(const uint8_t* codes, const char* left, int64_t far) {
+        const __m512i low = _mm512_set1_epi8(15);
+        // Unrolled, broadcasts would be moved ahead until no register is left for sums.
+#pragma GCC unroll 1
+        for (int64_t four = 0; four < 8; ++four) {
+            __m512i factors[2][2];
+            for (int half = 0; half < 2; ++half) {
+                const uint8_t* at = codes + half * 512 + four * 64;
+                _mm_prefetch(reinterpret_cast<const char*>(at + far), _MM_HINT_T1);
+                const __m512i both = _mm512_loadu_si512(at);
+                factors[half][0] = _mm512_and_si512(both, low);
+                factors[half][1] = _mm512_andnot_si512(low, both);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < M; ++r)
+                for (int group = 0; group < 2; ++group) {
+                    int32_t inputs;
+                    std::memcpy(&inputs, left + r * STEP + 32 * group + 4 * four, 4);
+                    const __m512i same = _mm512_set1_epi32(inputs);
+                    for (int half = 0; half < 2; ++half)
+                        of[half][group][r] = _mm512_dpbusd_epi32(of[half][group][r], factors[half][group], same);
+                }
+        }
+    }
+};
+
+// 16 multipliers.
+TANDEM_INLINE __m512 widened(const uint8_t* bytes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+}
+
+// 16 outputs' offsets for the two groups, side by side as 16-bit numbers.
+TANDEM_INLINE __m512i offset_pairs(const uint8_t* levels) {
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels + 16));
+    const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels + 48));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(first, second)),
+                                                 _mm_unpackhi_epi8(first, second), 1);
+    return _mm512_cvtepi8_epi16(both);
+}
+
+Scratch& sums_of_groups() {
+    static thread_local Scratch mine;
+    return mine;
+}
+
+// Sums of the inputs of each step's two groups, side by side as 16-bit numbers: [steps][rows].
+const int32_t* sum_inputs(const Strips& strips, int64_t rows) {
+    int32_t* sums = reinterpret_cast<int32_t*>(sums_of_groups().take(strips.steps * rows * sizeof(int32_t)));
+    for (int64_t s = 0; s < strips.steps; ++s)
+        for (int64_t r = 0; r < rows; ++r) {
+            const char* inputs = reinterpret_cast<const char*>(strips.at(0, s)) + r * STEP;
+            const __m512i fours =
+                _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_loadu_si512(inputs));
+            const int first = _mm512_mask_reduce_add_epi32(0x00ff, fours);
+            const int second = _mm512_mask_reduce_add_epi32(0xff00, fours);
+            sums[s * rows + r] = (first & 0xffff) | second << 16;
+        }
+    return sums;
+}
+
+#endif
+
 #if defined(TANDEM_AMX)
 template <int C, int A, int B>
 TANDEM_INLINE void tile_multiply_int8() {
@@ -192,6 +264,54 @@ struct Forward4 {
                            std::min(TILE_ROWS, count - i * TILE_ROWS), step >= STRETCH, sums + (2 * i + j) * TILE_OUT);
     }
 
+#if defined(TANDEM_AVX512)
+    // Up to FEW rows: codes are multiplied as they are, and levels come after a group's sum. Reading the weight takes
+    // longer than that, which expanding it for the tiles does not leave room for. The whole sums are the same ones: as
+    // float32 they and all their parts are exact, 16 groups of at most 17 * 15 * 127 * 32 being below 2 ** 24.
+    template <int M>
+    void few_rows(int64_t begin, int64_t end, const int32_t* sums_of_inputs) const {
+        constexpr int64_t FAR = 3 * Int4::step_bytes;
+        const TileRegisters registers;  // for LoRA
+        alignas(64) float sums[CELL];
+        alignas(64) int32_t whole[CELL];
+        for (int64_t index = begin; index < end; ++index) {
+            const uint8_t* at = Int4::step(block(index), 0);
+            for (int64_t first = 0; first < steps; first += STRETCH) {
+                const int64_t last = std::min(first + STRETCH, steps);
+                __m512 scaled[2][M];
+                __m512i moved[2][M];
+                for (int half = 0; half < 2; ++half)
+                    for (int r = 0; r < M; ++r) scaled[half][r] = _mm512_setzero_ps(), moved[half][r] = __m512i{};
+                const char* left = reinterpret_cast<const char*>(strips.at(0, first));
+                for (int64_t s = first; s < last; ++s, at += Int4::step_bytes, left += TILE_BYTES) {
+const GroupSums<M> found(at + 128, left, FAR);
+                    for (int half = 0; half < 2; ++half) {
+                        const uint8_t* levels = at + half * 64;
+                        _mm_prefetch(reinterpret_cast<const char*>(levels) + FAR, _MM_HINT_T1);
+                        const __m512 multipliers[2] = {widened(levels),
+                                                       _mm512_mul_ps(widened(levels + 32), _mm512_set1_ps(1.0f / 16))};
+                        const __m512i offsets = offset_pairs(levels);
+#pragma GCC unroll 4
+                        for (int r = 0; r < M; ++r) {
+                            const __m512i of_inputs = _mm512_set1_epi32(sums_of_inputs[s * M + r]);
+                            moved[half][r] = _mm512_dpwssd_epi32(moved[half][r], offsets, of_inputs);
+                            for (int group = 0; group < 2; ++group)
+                                scaled[half][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(found.of[half][group][r]),
+                                                                  multipliers[group], scaled[half][r]);
+                        }
+                    }
+                }
+                for (int half = 0; half < 2; ++half)
+                    for (int r = 0; r < M; ++r)
+                        _mm512_store_si512(whole + half * TILE_OUT + 16 * r,
+                                           _mm512_add_epi32(_mm512_cvtps_epi32(scaled[half][r]), moved[half][r]));
+                scale_cell(whole, 0, first, M, sums);
+            }
+            finish(0, index, index + 1, sums, 0);
+        }
+    }
+#endif
+
     void finish(int64_t pair, int64_t begin, int64_t end, float* sums, int64_t apart) const {
         for (int64_t index = begin; index < end; ++index) {
             const float* of_outputs = reinterpret_cast<const float*>(block(index));
@@ -275,12 +395,13 @@ const float* round_rows(const bf16* x, int64_t stride, int64_t terms, Strips& st
     char* packed = codes_of_rows().take(strips.bytes());
     strips.tiles = reinterpret_cast<const bf16*>(packed);
     float* scales = reinterpret_cast<float*>(row_scales().take(spans * padded * sizeof(float)));
-    parallel_ranges(spans * padded, 64, [&](int64_t begin, int64_t end) {
+    // A strip's rows that do not exist stay as they are: integers, whose sums nobody reads.
+    parallel_ranges(spans * strips.rows, 64, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t span = i / padded, row = i % padded, term = span * SPAN;
+            const int64_t span = i / strips.rows, row = i % strips.rows, term = span * SPAN;
             char* to = packed + strips.place(row / TILE_ROWS, span * STRETCH) * 2 + row % TILE_ROWS * STEP;
-            const int64_t count = row < strips.rows ? std::min(SPAN, terms - term) : 0;
-            scales[i] = round_span(x + row * stride + term, count, reinterpret_cast<int8_t*>(to), TILE_BYTES);
+            scales[span * padded + row] = round_span(x + row * stride + term, std::min(SPAN, terms - term),
+                                                     reinterpret_cast<int8_t*>(to), TILE_BYTES);
         }
     });
     return scales;
@@ -423,6 +544,18 @@ TANDEM_EXPORT void tandem_int4_forward(const bf16* x, int64_t x_stride, int64_t 
     const float* scales = round_rows(x, x_stride, k, strips);
     const Forward4 op{weight, strips, scales, bias, y, m, strips.count() * TILE_ROWS, k, n, strips.steps, y_stride,
                       LoraForward(lora, whole, k, h)};
+#if defined(TANDEM_AVX512)
+    if (m <= FEW) {
+        const int32_t* sums = sum_inputs(strips, m);
+        parallel_ranges(divide_up(n, OUTPUTS), 1, [&](int64_t begin, int64_t end) {
+            if (m == 1) op.few_rows<1>(begin, end, sums);
+            else if (m == 2) op.few_rows<2>(begin, end, sums);
+            else if (m == 3) op.few_rows<3>(begin, end, sums);
+            else op.few_rows<4>(begin, end, sums);
+        });
+        return;
+    }
+#endif
 #if defined(TANDEM_AMX)
     if (m <= PAIR) {
         parallel_ranges(divide_up(n, OUTPUTS), 1, [&](int64_t begin, int64_t end) { op.stream(begin, end); });
