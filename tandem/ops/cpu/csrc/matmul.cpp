@@ -22,6 +22,13 @@ constexpr int64_t NEAR_STEPS = 16;
 // Within the page that is being read: a line further on would make the processor start reading ahead there as well.
 constexpr int64_t PREFETCH_BYTES = 2560;
 
+// Strips of rows up to which weights come from memory no faster than they are used.
+#if defined(TANDEM_AMX)
+constexpr int64_t NARROW = 4;
+#else
+constexpr int64_t NARROW = 1;
+#endif
+
 struct Buffers {
     Scratch activations, factors;
 };
@@ -73,15 +80,29 @@ struct Forward {
         }
     }
 
-    // At most 16 rows: one panel after the other, as it comes from memory.
+    // At most NARROW strips of rows, L of them: R panels after the others, as they come from memory.
+    template <int L, int R>
     void narrow(int64_t begin, int64_t end) const {
         const TileRegisters registers;
-        alignas(64) float out[TILE_OUT];
-        for (int64_t panel = begin; panel < end; ++panel) {
-            const bf16* right = weight + panel * steps * TILE;
-            const Ahead ahead{reinterpret_cast<const char*>(right) + PREFETCH_BYTES, 16};
-            multiply_tiles<1, 1>(strips, 0, right, 0, steps, out, false, rows, ahead);
-            finish(0, 1, 1, panel, out);
+        alignas(64) float out[L * R * TILE_OUT];
+        int64_t panel = begin;
+        for (; panel + R <= end; panel += R) {
+            multiply_stream<L, R>(strips, steps * TILE, weight + panel * steps * TILE, steps * TILE, steps, out, rows,
+                                  PREFETCH_BYTES);
+            finish(0, L, R, panel, out);
+        }
+        if constexpr (R == 2)
+            if (panel < end) narrow<L, 1>(panel, end);
+    }
+
+    void narrow(int64_t begin, int64_t end) const {
+        switch (num_strips()) {
+            case 1: return narrow<1, 1>(begin, end);
+#if defined(TANDEM_AMX)
+            case 2: return narrow<2, 2>(begin, end);
+            case 3: return narrow<3, 1>(begin, end);
+            case 4: return narrow<4, 1>(begin, end);
+#endif
         }
     }
 
@@ -127,8 +148,8 @@ struct Forward {
 
     void run() const {
         const int64_t panels = divide_up(columns, TILE_COLUMNS);
-        if (num_strips() == 1) {
-            const int64_t group = group_size(panels);
+        if (num_strips() <= NARROW) {
+            const int64_t group = 2 * divide_up(group_size(panels), 2);
             parallel_tasks(divide_up(panels, group), [&](int64_t task) {
                 narrow(task * group, std::min(panels, (task + 1) * group));
             });

@@ -142,6 +142,28 @@ TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const b
     unrolled<L * R>([&](auto i) { tile_store<i>(out + i * TILE_OUT); });
 }
 
+// The same for up to four left strips and right ones that come from memory, each read ahead by `far` bytes. While every
+// right tile is used once, more left strips cost little.
+template <int L, int R>
+TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
+                                   int64_t steps, float* out, int64_t, int64_t far) {
+    static_assert(L * R + R < 8);
+    unrolled<L * R>([&](auto i) { tile_zero<i>(); });
+    for (int64_t step = 0; step < steps; ++step, left += TILE, right += TILE) {
+        unrolled<R>([&](auto j) {
+            const char* at = reinterpret_cast<const char*>(right + j * right_stride);
+            for (int64_t line = 0; line < 16; ++line) _mm_prefetch(at + far + 64 * line, _MM_HINT_T1);
+            tile_load<7 - j>(at);
+        });
+        unrolled<L>([&](auto i) {
+            constexpr int taken = L * R + R + 1 < 8 ? 7 - R - i % 2 : 7 - R;
+            tile_load<taken>(left + i * left_stride);
+            unrolled<R>([&](auto j) { tile_multiply<i * R + j, taken, 7 - j>(); });
+        });
+    }
+    unrolled<L * R>([&](auto i) { tile_store<i>(out + i * TILE_OUT); });
+}
+
 #else
 
 // Nothing to prepare.
@@ -237,6 +259,13 @@ TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const b
             }
         }
     }
+}
+
+template <int L, int R>
+TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
+                                   int64_t steps, float* out, int64_t rows, int64_t far) {
+    const Ahead ahead{reinterpret_cast<const char*>(right) + far, 16};
+    multiply_tiles<L, R>(left, left_stride, right, right_stride, steps, out, false, rows, ahead);
 }
 
 #endif
