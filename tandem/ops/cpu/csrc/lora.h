@@ -7,6 +7,8 @@
 // Shape letters as in ops/linear.py: M rows, K input and N output features, R rank rows of one part.
 #pragma once
 
+#include <new>
+
 #include "tiles.h"
 
 namespace tandem {
@@ -23,7 +25,7 @@ struct Lora {
     const uint8_t* foreign;  // [M, R], may be null: nothing is foreign
     int64_t foreign_stride;
 
-    int64_t panels() const { return 2 * divide_up(rank, 2 * TILE_COLUMNS); }
+    int64_t panels() const { return divide_up(rank, TILE_COLUMNS); }
     int64_t steps() const { return divide_up(rank, TILE_TERMS); }
     bool is_foreign(int64_t row, int64_t r) const { return foreign && foreign[row * foreign_stride + r]; }
 };
@@ -44,7 +46,7 @@ struct Strips {
 
 // What LoRA leaves between its two products, used again by the next call of this thread.
 struct LoraScratch {
-    Scratch factors, hidden;
+    Scratch factors, hidden, added;
 };
 
 inline LoraScratch& lora_scratch() {
@@ -89,9 +91,9 @@ void pack_rows(const bf16* x, int64_t stride, int64_t terms, const Strips& strip
     });
 }
 
-// The factors a of all parts as panels of 16 rank rows along K.
-inline const bf16* pack_factors(const Lora& lora, int64_t terms) {
-    const int64_t steps = divide_up(terms, TILE_TERMS), panels = lora.panels();
+// The factors a of all parts as `panels` panels each, of 16 rank rows along K.
+inline const bf16* pack_factors(const Lora& lora, int64_t panels, int64_t terms) {
+    const int64_t steps = divide_up(terms, TILE_TERMS);
     bf16* to = reinterpret_cast<bf16*>(lora_scratch().factors.take(lora.num_parts * panels * steps * TILE * 2));
     parallel_ranges(lora.num_parts * panels * steps, 64, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -112,7 +114,7 @@ public:
     LoraForward(const Lora& lora, const Strips& x, int64_t terms, bf16* h) : lora_(lora), strips_(x.count()) {
         if (!lora.num_parts) return;
         const int64_t panels = lora.panels(), pairs = divide_up(strips_, 2);
-        const bf16* factors = pack_factors(lora, terms);
+        const bf16* factors = pack_factors(lora, panels, terms);
         bf16* hidden =
             reinterpret_cast<bf16*>(lora_scratch().hidden.take(lora.num_parts * strips_ * lora.steps() * TILE * 2));
         parallel_ranges(lora.num_parts * panels * pairs, 1, [&](int64_t begin, int64_t end) {
@@ -126,26 +128,44 @@ public:
         hidden_ = hidden;
     }
 
-    // Add what LoRA adds in one panel of 16 columns to products of the strips `first` on, `count` of them; strip i's
-    // product is at out + i * apart.
-    void add(int64_t first, int64_t count, int64_t panel, float* out, int64_t apart) const {
-        const int64_t column = panel * TILE_COLUMNS, steps = lora_.num_parts ? lora_.steps() : 0;
-        for (int64_t p = 0; p < lora_.num_parts; ++p) {
+    // What LoRA adds in panels [begin, end) of 16 columns, as further terms of their products: a list for each, valid
+    // until this thread's next call.
+    void terms(int64_t begin, int64_t end, Terms* added) const {
+        const int64_t steps = lora_.num_parts ? lora_.steps() : 0, bytes = LINE + steps * TILE * 2;
+        char* room = lora_scratch().added.take((end - begin) * lora_.num_parts * bytes);
+        for (int64_t panel = begin; panel < end; ++panel) added[panel - begin].next = nullptr;
+        // The parts in the order of their addition.
+        for (int64_t p = lora_.num_parts - 1; p >= 0; --p) {
             const LoraPart& part = lora_.parts[p];
-            const int64_t low = std::max<int64_t>(part.offset - column, 0);
-            const int64_t high = std::min<int64_t>(part.offset + part.width - column, TILE_COLUMNS);
-            if (low >= high) continue;
-            alignas(64) bf16 factors[TILE];
-            for (int64_t step = 0; step < steps; ++step) {
-                const int64_t r = step * TILE_TERMS;
-                pack_right_rows(part.b + r * part.width + (column - part.offset), part.width, lora_.rank - r, low, high,
-                                factors);
-                const bf16* left = hidden_ + ((p * strips_ + first) * steps + step) * TILE;
-                for (int64_t i = 0; i < count; ++i)
-                    multiply_tiles<1, 1>(left + i * steps * TILE, 0, factors, 0, 1, out + i * apart, true, TILE_ROWS,
-                                         {});
+            const int64_t first = std::max(begin * TILE_COLUMNS - part.offset, int64_t{0});
+            const int64_t last = std::min(end * TILE_COLUMNS - part.offset, part.width);
+            for (int64_t r = 0; r < lora_.rank; ++r)
+                for (int64_t column = first; column < last; column += LINE / 2)
+                    _mm_prefetch(reinterpret_cast<const char*>(part.b + r * part.width + column), _MM_HINT_T0);
+            for (int64_t panel = begin; panel < end; ++panel) {
+                const int64_t column = panel * TILE_COLUMNS;
+                const int64_t low = std::max<int64_t>(part.offset - column, 0);
+                const int64_t high = std::min<int64_t>(part.offset + part.width - column, TILE_COLUMNS);
+                if (low >= high) continue;
+                bf16* factors = reinterpret_cast<bf16*>(room + LINE);
+                for (int64_t step = 0; step < steps; ++step) {
+                    const int64_t r = step * TILE_TERMS;
+                    pack_right_rows(part.b + r * part.width + (column - part.offset), part.width, lora_.rank - r, low,
+                                    high, factors + step * TILE);
+                }
+                const Terms*& list = added[panel - begin].next;
+                list = new (room) Terms{hidden_ + p * strips_ * steps * TILE, factors, steps * TILE, steps, list};
+                room += bytes;
             }
         }
+    }
+
+    // Add the terms of a panel to products of the strips `first` on, `count` of them; strip i's is at out + i * apart.
+    void add(const Terms* list, int64_t first, int64_t count, float* out, int64_t apart) const {
+        for (; list; list = list->next)
+            for (int64_t i = 0; i < count; ++i)
+                multiply_tiles<1, 1>(list->left + (first + i) * list->left_stride, 0, list->right, 0, list->steps,
+                                     out + i * apart, true, TILE_ROWS, {});
     }
 
 private:
@@ -168,6 +188,8 @@ private:
                     tile[32 * m + panel % 2 * TILE_COLUMNS + c] = value;
                     if (h && row < x.rows && r < lora_.rank) h[(p * x.rows + row) * lora_.rank + r] = value;
                 }
+                // Half a tile that no panel fills.
+                if (panel % 2 == 0 && panel + 1 == lora_.panels()) std::memset(tile + 32 * m + 16, 0, 32);
             }
         }
     }
@@ -187,10 +209,10 @@ public:
     LoraBackward(const Lora& lora, const Strips& gy, int64_t terms, bf16* gh)
         : lora_(lora), strips_(gy.count()), weight_steps_(divide_up(terms, TILE_TERMS)) {
         if (!lora.num_parts) return;
-        factors_ = pack_factors(lora, terms);
+        factors_ = pack_factors(lora, 2 * lora.steps(), terms);
         bf16* hidden =
             reinterpret_cast<bf16*>(lora_scratch().hidden.take(lora.num_parts * strips_ * lora.steps() * TILE * 2));
-        const int64_t panels = lora.panels();
+        const int64_t panels = 2 * lora.steps();
         parallel_tasks(lora.num_parts * panels, [&](int64_t task) {
             const TileRegisters registers;
             const int64_t p = task / panels, panel = task % panels, r = panel * TILE_ROWS;
@@ -210,7 +232,7 @@ public:
         alignas(64) bf16 both[2 * TILE];
         for (int64_t p = 0; p < lora_.num_parts; ++p) {
             for (int64_t step = 0; step < rank_steps; ++step) {
-                const bf16* panel = factors_ + ((p * lora_.panels() + 2 * step) * weight_steps_ + unit) * TILE;
+                const bf16* panel = factors_ + ((p * rank_steps + step) * 2 * weight_steps_ + unit) * TILE;
                 turn(panel, panel + weight_steps_ * TILE, both, both + TILE);
                 for (int64_t i = 0; i < 2; ++i)
                     for (int64_t j = 0; j < rights; ++j) {

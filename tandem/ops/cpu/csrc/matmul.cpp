@@ -56,9 +56,8 @@ struct Forward {
 
     int64_t num_strips() const { return divide_up(rows, TILE_ROWS); }
 
-    // The strips `first` on, `count` of them, by panel: what LoRA adds, then to y.
+    // The strips `first` on, `count` of them, by panel: to y.
     void finish(int64_t first, int64_t count, int64_t rights, int64_t panel, float* out) const {
-        for (int64_t j = 0; j < rights; ++j) lora.add(first, count, panel + j, out + j * TILE_OUT, rights * TILE_OUT);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t row = (first + i) * TILE_ROWS, last = std::min(rows - row, TILE_ROWS);
             const int64_t column = panel * TILE_COLUMNS;
@@ -85,10 +84,13 @@ struct Forward {
     void narrow(int64_t begin, int64_t end) const {
         const TileRegisters registers;
         alignas(64) float out[L * R * TILE_OUT];
+        // Together, because each reads a little of many rows.
+        Terms added[LARGEST_GROUP];
+        lora.terms(begin, end, added);
         int64_t panel = begin;
         for (; panel + R <= end; panel += R) {
             multiply_stream<L, R>(strips, steps * TILE, weight + panel * steps * TILE, steps * TILE, steps, out, rows,
-                                  PREFETCH_BYTES);
+                                  PREFETCH_BYTES, added + (panel - begin));
             finish(0, L, R, panel, out);
         }
         if constexpr (R == 2)
@@ -127,6 +129,8 @@ struct Forward {
     void multiply_pair(int64_t pair, int64_t at, int64_t length, int64_t low, int64_t count, float* sums,
                        bool reads_ahead) const {
         const int64_t rights = (2 * pair + 1) * TILE_COLUMNS < columns ? 2 : 1, blocks = divide_up(count, 2);
+        Terms added[2];
+        if (at + length == steps) lora.terms(2 * pair, 2 * pair + rights, added);
         const bf16* right = weight + (2 * pair * steps + at) * TILE;
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = low + 2 * block, lefts = std::min<int64_t>(2, low + count - first);
@@ -134,7 +138,10 @@ struct Forward {
             multiply_block<Side::LEFT>(lefts, rights, strips + (first * steps + at) * TILE, steps * TILE, right,
                                        steps * TILE, length, out, at > 0, lefts * TILE_ROWS,
                                        reads_ahead ? next(pair, at, length, block, blocks) : Ahead{});
-            if (at + length == steps) finish(first, lefts, rights, 2 * pair, out);
+            if (at + length < steps) continue;
+            for (int64_t j = 0; j < rights; ++j)
+                lora.add(added[j].next, first, lefts, out + j * TILE_OUT, rights * TILE_OUT);
+            finish(first, lefts, rights, 2 * pair, out);
         }
     }
 

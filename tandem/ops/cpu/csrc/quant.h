@@ -18,7 +18,6 @@ constexpr int64_t PAIR = 2 * TILE_ROWS;   // rows multiplied at once
 constexpr int64_t CELL = 4 * TILE_OUT;    // sums of a pair of rows' strips and a block's strips
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int64_t STRETCH = 8;            // steps expanded at once
-constexpr int64_t LINE = 64;              // bytes of a cache line
 // Blocks that are multiplied in one go with as many rows (an operation's SUPER_PAIRS of their strips): a stretch of the
 // rows and all sums stay in the second-level cache.
 constexpr int64_t BLOCKS_AT_ONCE = 8;
@@ -125,6 +124,21 @@ void run_all(const Op& op, int64_t blocks) {
     const int64_t group = std::clamp<int64_t>(blocks / (2 * omp_get_max_threads()), 1, LARGEST_GROUP);
     parallel_tasks(divide_up(blocks, group), [&](int64_t task) {
         run_blocks(op, task * group, std::min(blocks, (task + 1) * group));
+    });
+}
+
+// Up to a pair of strips of rows: all blocks one after the other, as they come from memory. `multiply(index, cell)`
+// makes a block's sums.
+template <class Op, class Multiply>
+void run_stream(const Op& op, int64_t blocks, const Multiply& multiply) {
+    parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) {
+        const TileRegisters registers;
+        alignas(64) float sums[BLOCKS_AT_ONCE * CELL];
+        for (int64_t first = begin; first < end; first += BLOCKS_AT_ONCE) {
+            const int64_t last = std::min(first + BLOCKS_AT_ONCE, end);
+            for (int64_t index = first; index < last; ++index) multiply(index, sums + (index - first) * CELL);
+            op.finish(0, first, last, sums, CELL);
+        }
     });
 }
 
@@ -346,14 +360,17 @@ void run_backward(const bf16* gy, int64_t gy_stride, int64_t m, int64_t n, const
     run_all(op, divide_up(k, TILE_TERMS));
 }
 
-// Sums of blocks [begin, end) for a pair of rows' strips, plus what LoRA adds, plus bias (may be null), to y.
+// Sums of up to BLOCKS_AT_ONCE blocks for a pair of rows' strips, plus what LoRA adds, plus bias (may be null), to y.
 inline void store_outputs(float* sums, int64_t apart, int64_t pair, int64_t begin, int64_t end, int64_t rows,
                           int64_t outputs, const LoraForward& lora, const bf16* bias, bf16* y, int64_t stride) {
     const int64_t first = pair * PAIR, count = std::min(PAIR, rows - first);
+    Terms added[2 * BLOCKS_AT_ONCE];
+    lora.terms(2 * begin, 2 * end, added);
     for (int64_t block = begin; block < end; ++block) {
         float* cell = sums + (block - begin) * apart;
         for (int64_t j = 0; j < 2; ++j)
-            lora.add(2 * pair, divide_up(count, TILE_ROWS), 2 * block + j, cell + j * TILE_OUT, 2 * TILE_OUT);
+            lora.add(added[2 * (block - begin) + j].next, 2 * pair, divide_up(count, TILE_ROWS), cell + j * TILE_OUT,
+                     2 * TILE_OUT);
         if (!bias) continue;
         for (int64_t c = 0; c < std::min(OUTPUTS, outputs - block * OUTPUTS); ++c) {
             const float value = to_float(bias[block * OUTPUTS + c]);

@@ -268,46 +268,42 @@ struct Forward4 {
     // Up to FEW rows: codes are multiplied as they are, and levels come after a group's sum. Reading the weight takes
     // longer than that, which expanding it for the tiles does not leave room for. The whole sums are the same ones: as
     // float32 they and all their parts are exact, 16 groups of at most 17 * 15 * 127 * 32 being below 2 ** 24.
+    // Inlined, its sums would not all stay in registers.
     template <int M>
-    void few_rows(int64_t begin, int64_t end, const int32_t* sums_of_inputs) const {
+    __attribute__((noinline)) void few_rows(int64_t index, const int32_t* sums_of_inputs, float* sums) const {
         constexpr int64_t FAR = 3 * Int4::step_bytes;
-        const TileRegisters registers;  // for LoRA
-        alignas(64) float sums[CELL];
         alignas(64) int32_t whole[CELL];
-        for (int64_t index = begin; index < end; ++index) {
-            const uint8_t* at = Int4::step(block(index), 0);
-            for (int64_t first = 0; first < steps; first += STRETCH) {
-                const int64_t last = std::min(first + STRETCH, steps);
-                __m512 scaled[2][M];
-                __m512i moved[2][M];
-                for (int half = 0; half < 2; ++half)
-                    for (int r = 0; r < M; ++r) scaled[half][r] = _mm512_setzero_ps(), moved[half][r] = __m512i{};
-                const char* left = reinterpret_cast<const char*>(strips.at(0, first));
-                for (int64_t s = first; s < last; ++s, at += Int4::step_bytes, left += TILE_BYTES) {
-const GroupSums<M> found(at + 128, left, FAR);
-                    for (int half = 0; half < 2; ++half) {
-                        const uint8_t* levels = at + half * 64;
-                        _mm_prefetch(reinterpret_cast<const char*>(levels) + FAR, _MM_HINT_T1);
-                        const __m512 multipliers[2] = {widened(levels),
-                                                       _mm512_mul_ps(widened(levels + 32), _mm512_set1_ps(1.0f / 16))};
-                        const __m512i offsets = offset_pairs(levels);
+        const uint8_t* at = Int4::step(block(index), 0);
+        for (int64_t first = 0; first < steps; first += STRETCH) {
+            const int64_t last = std::min(first + STRETCH, steps);
+            __m512 scaled[2][M];
+            __m512i moved[2][M];
+            for (int half = 0; half < 2; ++half)
+                for (int r = 0; r < M; ++r) scaled[half][r] = _mm512_setzero_ps(), moved[half][r] = __m512i{};
+            const char* left = reinterpret_cast<const char*>(strips.at(0, first));
+            for (int64_t s = first; s < last; ++s, at += Int4::step_bytes, left += TILE_BYTES) {
+                const GroupSums<M> found(at + 128, left, FAR);
+                for (int half = 0; half < 2; ++half) {
+                    const uint8_t* levels = at + half * 64;
+                    _mm_prefetch(reinterpret_cast<const char*>(levels) + FAR, _MM_HINT_T1);
+                    const __m512 multipliers[2] = {widened(levels),
+                                                   _mm512_mul_ps(widened(levels + 32), _mm512_set1_ps(1.0f / 16))};
+                    const __m512i offsets = offset_pairs(levels);
 #pragma GCC unroll 4
-                        for (int r = 0; r < M; ++r) {
-                            const __m512i of_inputs = _mm512_set1_epi32(sums_of_inputs[s * M + r]);
-                            moved[half][r] = _mm512_dpwssd_epi32(moved[half][r], offsets, of_inputs);
-                            for (int group = 0; group < 2; ++group)
-                                scaled[half][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(found.of[half][group][r]),
-                                                                  multipliers[group], scaled[half][r]);
-                        }
+                    for (int r = 0; r < M; ++r) {
+                        const __m512i of_inputs = _mm512_set1_epi32(sums_of_inputs[s * M + r]);
+                        moved[half][r] = _mm512_dpwssd_epi32(moved[half][r], offsets, of_inputs);
+                        for (int group = 0; group < 2; ++group)
+                            scaled[half][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(found.of[half][group][r]),
+                                                              multipliers[group], scaled[half][r]);
                     }
                 }
-                for (int half = 0; half < 2; ++half)
-                    for (int r = 0; r < M; ++r)
-                        _mm512_store_si512(whole + half * TILE_OUT + 16 * r,
-                                           _mm512_add_epi32(_mm512_cvtps_epi32(scaled[half][r]), moved[half][r]));
-                scale_cell(whole, 0, first, M, sums);
             }
-            finish(0, index, index + 1, sums, 0);
+            for (int half = 0; half < 2; ++half)
+                for (int r = 0; r < M; ++r)
+                    _mm512_store_si512(whole + half * TILE_OUT + 16 * r,
+                                       _mm512_add_epi32(_mm512_cvtps_epi32(scaled[half][r]), moved[half][r]));
+            scale_cell(whole, 0, first, M, sums);
         }
     }
 #endif
@@ -325,16 +321,6 @@ const GroupSums<M> found(at + 128, left, FAR);
 
 #if defined(TANDEM_AMX)
     // Up to 32 rows: a step is expanded while an earlier one multiplies.
-    void stream(int64_t begin, int64_t end) const {
-        const TileRegisters registers;
-        alignas(64) float sums[CELL];
-        for (int64_t index = begin; index < end; ++index) {
-            if (rows > TILE_ROWS) stream_block<2>(index, sums);
-            else stream_block<1>(index, sums);
-            finish(0, index, index + 1, sums, 0);
-        }
-    }
-
     template <int L>
     void stream_block(int64_t index, float* sums) const {
         constexpr int64_t RING = 4, BEHIND = 2, FAR = 4 * Int4::step_bytes;
@@ -544,25 +530,29 @@ TANDEM_EXPORT void tandem_int4_forward(const bf16* x, int64_t x_stride, int64_t 
     const float* scales = round_rows(x, x_stride, k, strips);
     const Forward4 op{weight, strips, scales, bias, y, m, strips.count() * TILE_ROWS, k, n, strips.steps, y_stride,
                       LoraForward(lora, whole, k, h)};
+    const int64_t blocks = divide_up(n, OUTPUTS);
 #if defined(TANDEM_AVX512)
     if (m <= FEW) {
-        const int32_t* sums = sum_inputs(strips, m);
-        parallel_ranges(divide_up(n, OUTPUTS), 1, [&](int64_t begin, int64_t end) {
-            if (m == 1) op.few_rows<1>(begin, end, sums);
-            else if (m == 2) op.few_rows<2>(begin, end, sums);
-            else if (m == 3) op.few_rows<3>(begin, end, sums);
-            else op.few_rows<4>(begin, end, sums);
+        const int32_t* inputs = sum_inputs(strips, m);
+        run_stream(op, blocks, [&](int64_t index, float* sums) {
+            if (m == 1) op.few_rows<1>(index, inputs, sums);
+            else if (m == 2) op.few_rows<2>(index, inputs, sums);
+            else if (m == 3) op.few_rows<3>(index, inputs, sums);
+            else op.few_rows<4>(index, inputs, sums);
         });
         return;
     }
 #endif
 #if defined(TANDEM_AMX)
     if (m <= PAIR) {
-        parallel_ranges(divide_up(n, OUTPUTS), 1, [&](int64_t begin, int64_t end) { op.stream(begin, end); });
+        run_stream(op, blocks, [&](int64_t index, float* sums) {
+            if (m <= TILE_ROWS) op.stream_block<1>(index, sums);
+            else op.stream_block<2>(index, sums);
+        });
         return;
     }
 #endif
-    run_all(op, divide_up(n, OUTPUTS));
+    run_all(op, blocks);
 }
 
 // gx [m, k] = gy [m, n] @ weight + what the parts add; `gh` ([parts, m, rank], may be null) receives the gradient of

@@ -67,57 +67,42 @@ struct Forward8 {
     }
 
 #if defined(TANDEM_AMX)
-    // One row: without tiles, which cost more than they save. Terms are added up as `tdpbf16ps` does: a step's even ones
-    // and its odd ones each from zero, then their sum to the rest. `x`: [steps * 32].
-    void one_row(int64_t begin, int64_t end, const float* x) const {
+    // One row's sums: without tiles, which cost more than they save. Terms are added up as `tdpbf16ps` does: a step's
+    // even ones and its odd ones each from zero, then their sum to the rest. `x`: [steps * 32].
+    void one_row(int64_t index, const float* x, float* sums) const {
         constexpr int64_t FAR = Int8::group_bytes;
-        const TileRegisters registers;  // for LoRA
         const FlushToZero as_tiles_do;
-        alignas(64) float sums[CELL];
-        for (int64_t index = begin; index < end; ++index) {
-            __m512 sum[2] = {};
-            for (int64_t s = 0; s < steps; ++s) {
-                const Scales scales(Int8::scales(block(index), s));
-                const uint8_t* codes = Int8::codes(block(index), s);
-                _mm_prefetch(reinterpret_cast<const char*>(codes - 64) + FAR, _MM_HINT_T1);
+        __m512 sum[2] = {};
+        for (int64_t s = 0; s < steps; ++s) {
+            const Scales scales(Int8::scales(block(index), s));
+            const uint8_t* codes = Int8::codes(block(index), s);
+            _mm_prefetch(reinterpret_cast<const char*>(codes - 64) + FAR, _MM_HINT_T1);
 #pragma GCC unroll 1
-                for (int half = 0; half < 2; ++half) {
-                    const Widen8 widen(scales.twice + 2 * half);
-                    __m512 even = _mm512_setzero_ps(), odd = even;
+            for (int half = 0; half < 2; ++half) {
+                const Widen8 widen(scales.twice + 2 * half);
+                __m512 even = _mm512_setzero_ps(), odd = even;
 #pragma GCC unroll 2
-                    for (int64_t p = 0; p < 16; p += 2) {
-                        const uint8_t* row = codes + half * 512 + p * 32;
-                        _mm_prefetch(reinterpret_cast<const char*>(row) + FAR, _MM_HINT_T1);
-                        __m512i pairs[2];
-                        widen.rows(row, pairs);
-                        for (int i = 0; i < 2; ++i) {
-                            const float* at = x + s * TILE_TERMS + 2 * (p + i);
-                            const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-                            const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[i], 16));
-                            const __m512 second = _mm512_castsi512_ps(_mm512_and_si512(pairs[i], upper));
-                            even = _mm512_fmadd_ps(first, _mm512_set1_ps(at[0]), even);
-                            odd = _mm512_fmadd_ps(second, _mm512_set1_ps(at[1]), odd);
-                        }
+                for (int64_t p = 0; p < 16; p += 2) {
+                    const uint8_t* row = codes + half * 512 + p * 32;
+                    _mm_prefetch(reinterpret_cast<const char*>(row) + FAR, _MM_HINT_T1);
+                    __m512i pairs[2];
+                    widen.rows(row, pairs);
+                    for (int i = 0; i < 2; ++i) {
+                        const float* at = x + s * TILE_TERMS + 2 * (p + i);
+                        const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+                        const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[i], 16));
+                        const __m512 second = _mm512_castsi512_ps(_mm512_and_si512(pairs[i], upper));
+                        even = _mm512_fmadd_ps(first, _mm512_set1_ps(at[0]), even);
+                        odd = _mm512_fmadd_ps(second, _mm512_set1_ps(at[1]), odd);
                     }
-                    sum[half] = _mm512_add_ps(sum[half], _mm512_add_ps(even, odd));
                 }
+                sum[half] = _mm512_add_ps(sum[half], _mm512_add_ps(even, odd));
             }
-            for (int half = 0; half < 2; ++half) _mm512_store_ps(sums + half * TILE_OUT, sum[half]);
-            finish(0, index, index + 1, sums, 0);
         }
+        for (int half = 0; half < 2; ++half) _mm512_store_ps(sums + half * TILE_OUT, sum[half]);
     }
 
     // Up to 32 rows: sums stay in the tiles for a whole block, and a step is expanded while an earlier one multiplies.
-    void stream(int64_t begin, int64_t end) const {
-        const TileRegisters registers;
-        alignas(64) float sums[CELL];
-        for (int64_t index = begin; index < end; ++index) {
-            if (rows > TILE_ROWS) stream_block<2>(index, sums);
-            else stream_block<1>(index, sums);
-            finish(0, index, index + 1, sums, 0);
-        }
-    }
-
     template <int L>
     void stream_block(int64_t index, float* sums) const {
         constexpr int64_t RING = 4, BEHIND = 2, FAR = Int8::group_bytes;
@@ -209,13 +194,13 @@ TANDEM_EXPORT void tandem_int8_forward(const bf16* x, int64_t x_stride, int64_t 
     const Lora lora{static_cast<const LoraPart*>(parts), rank > 0 ? num_parts : 0, rank, foreign, foreign_stride};
     const Forward8 op{weight, strips, bias, y, m, k, n, strips.steps, y_stride, LoraForward(lora, strips, k, h)};
 #if defined(TANDEM_AMX)
-    if (m == 1) {
-        const float* wide = widen_row(x, k, strips.steps * TILE_TERMS);
-        parallel_ranges(divide_up(n, OUTPUTS), 1, [&](int64_t begin, int64_t end) { op.one_row(begin, end, wide); });
-        return;
-    }
     if (m <= PAIR) {
-        parallel_ranges(divide_up(n, OUTPUTS), 1, [&](int64_t begin, int64_t end) { op.stream(begin, end); });
+        const float* wide = m == 1 ? widen_row(x, k, strips.steps * TILE_TERMS) : nullptr;
+        run_stream(op, divide_up(n, OUTPUTS), [&](int64_t index, float* sums) {
+            if (m == 1) op.one_row(index, wide, sums);
+            else if (m <= TILE_ROWS) op.stream_block<1>(index, sums);
+            else op.stream_block<2>(index, sums);
+        });
         return;
     }
 #endif

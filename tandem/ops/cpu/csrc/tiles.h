@@ -19,6 +19,7 @@ namespace tandem {
 constexpr int64_t TILE_ROWS = 16, TILE_COLUMNS = 16, TILE_TERMS = 32;
 constexpr int64_t TILE = 512;        // bfloat16 numbers of a left or right tile: 1 KiB
 constexpr int64_t TILE_OUT = 256;    // float32 numbers of a product of two
+constexpr int64_t LINE = 64;         // bytes of a cache line
 
 TANDEM_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -54,6 +55,13 @@ private:
 // The side of a product whose tiles pass by: they take no place in the first-level cache, which keeps the other side's
 // for the next block. Fewer misses there leave its fill buffers to what comes from memory.
 enum class Side { NONE, LEFT, RIGHT };
+
+// Left strips and a right one whose product is added to another: a list of them hangs on the first one's `next`.
+struct Terms {
+    const bf16 *left = nullptr, *right = nullptr;
+    int64_t left_stride = 0, steps = 0;
+    const Terms* next = nullptr;
+};
 
 // Where a block's lines to be read ahead are: `lines` of them with every step.
 struct Ahead {
@@ -143,11 +151,12 @@ TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const b
 }
 
 // The same for up to four left strips and right ones that come from memory, each read ahead by `far` bytes. While every
-// right tile is used once, more left strips cost little.
+// right tile is used once, more left strips cost little. `more[j]`: further terms of right strip j's products.
 template <int L, int R>
 TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
-                                   int64_t steps, float* out, int64_t, int64_t far) {
+                                   int64_t steps, float* out, int64_t, int64_t far, const Terms* more) {
     static_assert(L * R + R < 8);
+    constexpr int spare = L * R + R + 1 < 8 ? 1 : 0;
     unrolled<L * R>([&](auto i) { tile_zero<i>(); });
     for (int64_t step = 0; step < steps; ++step, left += TILE, right += TILE) {
         unrolled<R>([&](auto j) {
@@ -156,11 +165,21 @@ TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const 
             tile_load<7 - j>(at);
         });
         unrolled<L>([&](auto i) {
-            constexpr int taken = L * R + R + 1 < 8 ? 7 - R - i % 2 : 7 - R;
+            constexpr int taken = 7 - R - spare * (i % 2);
             tile_load<taken>(left + i * left_stride);
             unrolled<R>([&](auto j) { tile_multiply<i * R + j, taken, 7 - j>(); });
         });
     }
+    unrolled<R>([&](auto j) {
+        for (const Terms* part = more[j].next; part; part = part->next)
+            for (int64_t step = 0; step < part->steps; ++step) {
+                tile_load<7>(part->right + step * TILE);
+                unrolled<L>([&](auto i) {
+                    tile_load<7 - R>(part->left + i * part->left_stride + step * TILE);
+                    tile_multiply<i * R + j, 7 - R, 7>();
+                });
+            }
+    });
     unrolled<L * R>([&](auto i) { tile_store<i>(out + i * TILE_OUT); });
 }
 
@@ -263,9 +282,14 @@ TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const b
 
 template <int L, int R>
 TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
-                                   int64_t steps, float* out, int64_t rows, int64_t far) {
+                                   int64_t steps, float* out, int64_t rows, int64_t far, const Terms* more) {
     const Ahead ahead{reinterpret_cast<const char*>(right) + far, 16};
     multiply_tiles<L, R>(left, left_stride, right, right_stride, steps, out, false, rows, ahead);
+    for (int64_t j = 0; j < R; ++j)
+        for (const Terms* part = more[j].next; part; part = part->next)
+            for (int64_t i = 0; i < L; ++i)
+                multiply_tiles<1, 1>(part->left + i * part->left_stride, 0, part->right, 0, part->steps,
+                                     out + (i * R + j) * TILE_OUT, true, rows - i * TILE_ROWS, {});
 }
 
 #endif
