@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t SUPER_STRIPS = 32;
 constexpr int64_t CACHED_BYTES = 1 << 19;
 constexpr int64_t LARGEST_GROUP = 16;
+constexpr int64_t STAYING = 1 << 21;         // numbers of a result that may be found in the caches later
+constexpr int64_t BLOCK_OUT = 4 * TILE_OUT;  // numbers of two strips by two
 // Tiles of two weight strips that stay in the first-level cache while the activations pass by.
 constexpr int64_t NEAR_STEPS = 16;
 // Within the page that is being read: a line further on would make the processor start reading ahead there as well.
@@ -56,26 +58,24 @@ struct Forward {
 
     int64_t num_strips() const { return divide_up(rows, TILE_ROWS); }
 
-    // The strips `first` on, `count` of them, by panel: to y.
-    void finish(int64_t first, int64_t count, int64_t rights, int64_t panel, float* out) const {
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = (first + i) * TILE_ROWS, last = std::min(rows - row, TILE_ROWS);
-            const int64_t column = panel * TILE_COLUMNS;
-            float* from = out + i * rights * TILE_OUT;
-            if (bias) add_bias(column, rights, from);
-            for (int64_t r = 0; r < last; ++r) {
-                bf16* to = y + (row + r) * y_stride + column;
-                if (rights == 2) store_rows(to, from + 16 * r, from + TILE_OUT + 16 * r, columns - column);
-                else store_row(to, from + 16 * r, columns - column);
-            }
-        }
+    // A panel's bias, to products of `count` strips that are `apart` from each other.
+    void add_bias(int64_t panel, int64_t count, float* out, int64_t apart) const {
+        const int64_t column = panel * TILE_COLUMNS;
+        for (int64_t c = 0; c < std::min(TILE_COLUMNS, columns - column); ++c)
+            for (int64_t r = 0; r < count * TILE_ROWS; ++r)
+                out[r / TILE_ROWS * apart + r % TILE_ROWS * 16 + c] += to_float(bias[column + c]);
     }
 
-    void add_bias(int64_t column, int64_t rights, float* out) const {
-        for (int64_t c = 0; c < std::min(rights * TILE_COLUMNS, columns - column); ++c) {
-            const float value = to_float(bias[column + c]);
-            float* at = out + c / TILE_COLUMNS * TILE_OUT + c % TILE_COLUMNS;
-            for (int64_t r = 0; r < TILE_ROWS; ++r) at[16 * r] += value;
+    // `rights` panels' sums to y.
+    void finish(int64_t rights, int64_t panel, float* out) const {
+        const int64_t column = panel * TILE_COLUMNS;
+        for (int64_t j = 0; bias && j < rights; ++j)
+            add_bias(panel + j, num_strips(), out + j * TILE_OUT, rights * TILE_OUT);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float* from = out + r / TILE_ROWS * rights * TILE_OUT + r % TILE_ROWS * 16;
+            bf16* to = y + r * y_stride + column;
+            if (rights == 2) store_rows(to, from, from + TILE_OUT, columns - column);
+            else store_row(to, from, columns - column);
         }
     }
 
@@ -91,7 +91,7 @@ struct Forward {
         for (; panel + R <= end; panel += R) {
             multiply_stream<L, R>(strips, steps * TILE, weight + panel * steps * TILE, steps * TILE, steps, out, rows,
                                   PREFETCH_BYTES, added + (panel - begin));
-            finish(0, L, R, panel, out);
+            finish(R, panel, out);
         }
         if constexpr (R == 2)
             if (panel < end) narrow<L, 1>(panel, end);
@@ -108,40 +108,67 @@ struct Forward {
         }
     }
 
-    // Many rows: pairs of panels [begin, end) by as many rows as stay in the cache, those in blocks of two strips.
+    // Many rows: pairs of panels [begin, end) by as many rows as stay in the cache, those in blocks of two strips. All
+    // sums wait in the cache for the last terms.
     void wide(int64_t begin, int64_t end) const {
         const TileRegisters registers;
         for (int64_t low = 0; low < num_strips(); low += SUPER_STRIPS) {
             const int64_t count = std::min(SUPER_STRIPS, num_strips() - low), blocks = divide_up(count, 2);
             const int64_t chunks = divide_up(count * steps * TILE * 2, CACHED_BYTES), per = divide_up(steps, chunks);
-            float* sums = reinterpret_cast<float*>(local().take((end - begin) * blocks * 4 * TILE_OUT * 4));
+            float* sums = reinterpret_cast<float*>(local().take((end - begin) * blocks * BLOCK_OUT * 4));
             for (int64_t at = 0; at < steps; at += per) {
                 const int64_t length = std::min(per, steps - at);
                 for (int64_t pair = begin; pair < end; ++pair)
                     for (int64_t near = at; near < at + length; near += NEAR_STEPS)
                         multiply_pair(pair, near, std::min(NEAR_STEPS, at + length - near), low, count,
-                                      sums + (pair - begin) * blocks * 4 * TILE_OUT, low == 0 && pair + 1 < end);
+                                      sums + (pair - begin) * blocks * BLOCK_OUT, low == 0 && pair + 1 < end);
             }
+            finish_pairs(begin, end, low, count, sums);
         }
     }
 
-    // The tiles [at, at + length) of a pair of panels by `count` strips of rows; the last ones finish.
+    // The tiles [at, at + length) of a pair of panels by `count` strips of rows.
     void multiply_pair(int64_t pair, int64_t at, int64_t length, int64_t low, int64_t count, float* sums,
                        bool reads_ahead) const {
-        const int64_t rights = (2 * pair + 1) * TILE_COLUMNS < columns ? 2 : 1, blocks = divide_up(count, 2);
-        Terms added[2];
-        if (at + length == steps) lora.terms(2 * pair, 2 * pair + rights, added);
+        const int64_t blocks = divide_up(count, 2);
         const bf16* right = weight + (2 * pair * steps + at) * TILE;
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = low + 2 * block, lefts = std::min<int64_t>(2, low + count - first);
-            float* out = sums + block * 4 * TILE_OUT;
-            multiply_block<Side::LEFT>(lefts, rights, strips + (first * steps + at) * TILE, steps * TILE, right,
-                                       steps * TILE, length, out, at > 0, lefts * TILE_ROWS,
+            multiply_block<Side::LEFT>(lefts, 2, strips + (first * steps + at) * TILE, steps * TILE, right,
+                                       steps * TILE, length, sums + block * BLOCK_OUT, at > 0, lefts * TILE_ROWS,
                                        reads_ahead ? next(pair, at, length, block, blocks) : Ahead{});
-            if (at + length < steps) continue;
-            for (int64_t j = 0; j < rights; ++j)
-                lora.add(added[j].next, first, lefts, out + j * TILE_OUT, rights * TILE_OUT);
-            finish(first, lefts, rights, 2 * pair, out);
+        }
+    }
+
+    // Add what LoRA adds, then to y: a row's numbers of all pairs together, because rows lie on different pages.
+    void finish_pairs(int64_t begin, int64_t end, int64_t low, int64_t count, float* sums) const {
+        Terms added[2 * LARGEST_GROUP];
+        lora.terms(2 * begin, std::min(2 * end, divide_up(columns, TILE_COLUMNS)), added);
+        const int64_t apart = divide_up(count, 2) * BLOCK_OUT;
+        for (int64_t first = low; first < low + count; first += 2, sums += BLOCK_OUT) {
+            const int64_t lefts = std::min<int64_t>(2, low + count - first);
+            for (int64_t pair = begin; pair < end; ++pair) {
+                float* out = sums + (pair - begin) * apart;
+                for (int64_t j = 0; j < 2 && (2 * pair + j) * TILE_COLUMNS < columns; ++j) {
+                    lora.add(added[2 * (pair - begin) + j].next, first, lefts, out + j * TILE_OUT, 2 * TILE_OUT);
+                    if (bias) add_bias(2 * pair + j, lefts, out + j * TILE_OUT, 2 * TILE_OUT);
+                }
+            }
+            for (int64_t r = 0; r < std::min(rows - first * TILE_ROWS, 2 * TILE_ROWS); ++r) {
+                const float* from = sums + r / TILE_ROWS * 2 * TILE_OUT + r % TILE_ROWS * 16;
+                bf16* to = y + (first * TILE_ROWS + r) * y_stride;
+                if (rows * columns > STAYING) store_pairs<true>(begin, end, from, apart, to);
+                else store_pairs<false>(begin, end, from, apart, to);
+            }
+        }
+        finish_stores();
+    }
+
+    template <bool PAST>
+    void store_pairs(int64_t begin, int64_t end, const float* from, int64_t apart, bf16* to) const {
+        for (int64_t pair = begin; pair < end; ++pair, from += apart) {
+            const int64_t column = 2 * pair * TILE_COLUMNS;
+            store_rows<PAST>(to + column, from, from + TILE_OUT, columns - column);
         }
     }
 
@@ -189,7 +216,7 @@ struct Backward {
         for (int64_t low = 0; low < num_strips(); low += SUPER_STRIPS) {
             const int64_t count = std::min(SUPER_STRIPS, num_strips() - low), blocks = divide_up(count, 2);
             const int64_t chunks = divide_up(count * steps * TILE * 2, CACHED_BYTES), per = divide_up(steps, chunks);
-            const int64_t out_bytes = (end - begin) * blocks * 4 * TILE_OUT * 4;
+            const int64_t out_bytes = (end - begin) * blocks * BLOCK_OUT * 4;
             char* memory = local().take(out_bytes + 2 * NEAR_STEPS * TILE * 2);
             float* sums = reinterpret_cast<float*>(memory);
             bf16* turned = reinterpret_cast<bf16*>(memory + out_bytes);
@@ -199,21 +226,20 @@ struct Backward {
                     for (int64_t near = at; near < at + length; near += NEAR_STEPS) {
                         const int64_t some = std::min(NEAR_STEPS, at + length - near);
                         turn_unit(unit, near, some, turned);
-                        multiply_unit(unit, near, some, low, count, turned, sums + (unit - begin) * blocks * 4 * TILE_OUT);
+                        multiply_unit(near, some, low, count, turned, sums + (unit - begin) * blocks * BLOCK_OUT);
                     }
             }
+            finish_units(begin, end, low, count, sums);
         }
     }
 
-    // The tiles [at, at + length) of a unit, turned, by `count` strips of rows; the last ones finish.
-    void multiply_unit(int64_t unit, int64_t at, int64_t length, int64_t low, int64_t count, const bf16* turned,
-                       float* sums) const {
+    // The tiles [at, at + length) of a unit, turned, by `count` strips of rows.
+    void multiply_unit(int64_t at, int64_t length, int64_t low, int64_t count, const bf16* turned, float* sums) const {
         for (int64_t first = low; first < low + count; first += 2) {
             const int64_t rights = std::min<int64_t>(2, low + count - first);
-            float* out = sums + (first - low) / 2 * 4 * TILE_OUT;
+            float* out = sums + (first - low) / 2 * BLOCK_OUT;
             multiply_block<Side::RIGHT>(2, rights, turned, length * TILE, strips + (first * steps + at) * TILE,
                                         steps * TILE, length, out, at > 0, 2 * TILE_ROWS, {});
-            if (at + length == steps) finish(unit, first, rights, out);
         }
     }
 
@@ -231,15 +257,27 @@ struct Backward {
         }
     }
 
-    void finish(int64_t unit, int64_t first, int64_t rights, float* out) const {
-        lora.add(unit, first, rights, out, rights * TILE_OUT);
-        const int64_t term = unit * TILE_TERMS;
-        for (int64_t j = 0; j < rights; ++j) {
-            alignas(64) float turned[2][TILE_OUT];
-            for (int64_t i = 0; i < 2; ++i) transpose_lanes(out + (i * rights + j) * TILE_OUT, turned[i]);
-            const int64_t row = (first + j) * TILE_COLUMNS, last = std::min(rows - row, TILE_COLUMNS);
-            for (int64_t r = 0; r < last; ++r)
-                store_rows(gx + (row + r) * gx_stride + term, turned[0] + 16 * r, turned[1] + 16 * r, terms - term);
+    // Add what LoRA adds, then to gx: a row's numbers of all units together, as on the way up.
+    void finish_units(int64_t begin, int64_t end, int64_t low, int64_t count, float* sums) const {
+        const int64_t apart = divide_up(count, 2) * BLOCK_OUT;
+        alignas(64) float turned[LARGEST_GROUP][2][TILE_OUT];
+        for (int64_t strip = low; strip < low + count; ++strip) {
+            const int64_t j = (strip - low) % 2, rights = std::min<int64_t>(2, low + count - (strip - j));
+            float* const of_block = sums + (strip - low) / 2 * BLOCK_OUT;
+            for (int64_t unit = begin; unit < end; ++unit) {
+                float* out = of_block + (unit - begin) * apart;
+                if (j == 0) lora.add(unit, strip, rights, out, rights * TILE_OUT);
+                for (int64_t i = 0; i < 2; ++i)
+                    transpose_lanes(out + (i * rights + j) * TILE_OUT, turned[unit - begin][i]);
+            }
+            for (int64_t r = 0; r < std::min(rows - strip * TILE_COLUMNS, TILE_COLUMNS); ++r) {
+                bf16* to = gx + (strip * TILE_COLUMNS + r) * gx_stride;
+                for (int64_t unit = begin; unit < end; ++unit) {
+                    const float(*of_unit)[TILE_OUT] = turned[unit - begin];
+                    const int64_t term = unit * TILE_TERMS;
+                    store_rows(to + term, of_unit[0] + 16 * r, of_unit[1] + 16 * r, terms - term);
+                }
+            }
         }
     }
 };

@@ -415,16 +415,24 @@ TANDEM_INLINE void store_row(bf16* to, const float* from, int64_t count) {
 #endif
 }
 
-// Two of them side by side, written as one cache line.
+// Two of them side by side, written as one cache line. PAST: past the caches, because so much is written that it would
+// be gone before it is read; lines need not be read to be written then. `finish_stores` ends a series of those.
+template <bool PAST = false>
 TANDEM_INLINE void store_rows(bf16* to, const float* left, const float* right, int64_t count) {
 #if defined(TANDEM_AVX512)
     const __mmask32 mask = count >= 32 ? 0xffffffffu : (1u << count) - 1u;
     const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(right), _mm512_loadu_ps(left));
+    if (PAST && count >= 32 && reinterpret_cast<uintptr_t>(to) % LINE == 0) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)both);
+        return;
+    }
     _mm512_mask_storeu_epi16(to, mask, (__m512i)both);
 #else
     store_row(to, left, count);
     if (count > 16) store_row(to + 16, right, count - 16);
 #endif
 }
+
+TANDEM_INLINE void finish_stores() { _mm_sfence(); }
 
 }  // namespace tandem
