@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t SUPER_STRIPS = 32;
 constexpr int64_t CACHED_BYTES = 1 << 19;
 constexpr int64_t LARGEST_GROUP = 16;
+// Up to so many blocks of two strips, lines read ahead for the next panels would take the place of those needed now.
+constexpr int64_t FEW_BLOCKS = 4;
 constexpr int64_t STAYING = 1 << 21;         // numbers of a result that may be found in the caches later
 constexpr int64_t BLOCK_OUT = 4 * TILE_OUT;  // numbers of two strips by two
 // Tiles of two weight strips that stay in the first-level cache while the activations pass by.
@@ -121,7 +123,7 @@ struct Forward {
                 for (int64_t pair = begin; pair < end; ++pair)
                     for (int64_t near = at; near < at + length; near += NEAR_STEPS)
                         multiply_pair(pair, near, std::min(NEAR_STEPS, at + length - near), low, count,
-                                      sums + (pair - begin) * blocks * BLOCK_OUT, low == 0 && pair + 1 < end);
+                                      sums + (pair - begin) * blocks * BLOCK_OUT, low == 0 && blocks > FEW_BLOCKS && pair + 1 < end);
             }
             finish_pairs(begin, end, low, count, sums);
         }
