@@ -19,7 +19,6 @@ constexpr int64_t CACHED_BYTES = 1 << 19;
 constexpr int64_t LARGEST_GROUP = 16;
 // Up to so many blocks of two strips, lines read ahead for the next panels would take the place of those needed now.
 constexpr int64_t FEW_BLOCKS = 4;
-constexpr int64_t STAYING = 1 << 21;         // numbers of a result that may be found in the caches later
 constexpr int64_t BLOCK_OUT = 4 * TILE_OUT;  // numbers of two strips by two
 // Tiles of two weight strips that stay in the first-level cache while the activations pass by.
 constexpr int64_t NEAR_STEPS = 16;
@@ -159,19 +158,14 @@ struct Forward {
             for (int64_t r = 0; r < std::min(rows - first * TILE_ROWS, 2 * TILE_ROWS); ++r) {
                 const float* from = sums + r / TILE_ROWS * 2 * TILE_OUT + r % TILE_ROWS * 16;
                 bf16* to = y + (first * TILE_ROWS + r) * y_stride;
-                if (rows * columns > STAYING) store_pairs<true>(begin, end, from, apart, to);
-                else store_pairs<false>(begin, end, from, apart, to);
+                for (int64_t pair = begin; pair < end; ++pair, from += apart) {
+                    const int64_t column = 2 * pair * TILE_COLUMNS;
+                    if (rows * columns > STAYING) store_rows<true>(to + column, from, from + TILE_OUT, columns - column);
+                    else store_rows<false>(to + column, from, from + TILE_OUT, columns - column);
+                }
             }
         }
         finish_stores();
-    }
-
-    template <bool PAST>
-    void store_pairs(int64_t begin, int64_t end, const float* from, int64_t apart, bf16* to) const {
-        for (int64_t pair = begin; pair < end; ++pair, from += apart) {
-            const int64_t column = 2 * pair * TILE_COLUMNS;
-            store_rows<PAST>(to + column, from, from + TILE_OUT, columns - column);
-        }
     }
 
     // The same tiles of the next pair come into the cache while these are used: the first half of the blocks reads one

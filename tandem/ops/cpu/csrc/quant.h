@@ -382,8 +382,11 @@ inline void store_outputs(float* sums, int64_t apart, int64_t pair, int64_t begi
         for (int64_t block = begin; block < end; ++block) {
             const float* from = sums + (block - begin) * apart + r / TILE_ROWS * 2 * TILE_OUT + r % TILE_ROWS * 16;
             bf16* to = y + (first + r) * stride + block * OUTPUTS;
-            store_rows(to, from, from + TILE_OUT, outputs - block * OUTPUTS);
+            const int64_t columns = outputs - block * OUTPUTS;
+            if (rows * outputs > STAYING) store_rows<true>(to, from, from + TILE_OUT, columns);
+            else store_rows<false>(to, from, from + TILE_OUT, columns);
         }
+    finish_stores();
 }
 
 // A packed weight as rows of bfloat16.

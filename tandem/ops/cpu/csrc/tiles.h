@@ -415,6 +415,9 @@ TANDEM_INLINE void store_row(bf16* to, const float* from, int64_t count) {
 #endif
 }
 
+// Numbers of a result that may be found in the caches later.
+constexpr int64_t STAYING = 1 << 21;
+
 // Two of them side by side, written as one cache line. PAST: past the caches, because so much is written that it would
 // be gone before it is read; lines need not be read to be written then. `finish_stores` ends a series of those.
 template <bool PAST = false>
