@@ -20,6 +20,9 @@ LARGEST_WINDOW = 512
 # Window lengths are multiples of this: matrix products are prepared anew for each shape.
 WINDOW_STEP = 32
 FIXED_WINDOW = 256
+# What riders must save of the time that they would take in slices: what they leave to the slices down is cut into
+# smaller ones, which get less done.
+WORTH = 0.5
 # Parameters of an update's piece; less where each takes more than reading and writing it.
 UPDATE_STEP = {"adamw": 2**23, "sgd": 2**23, "lion": 2**23}
 SLOW_UPDATE_STEP = 2**20
@@ -229,13 +232,14 @@ def _ride(
     forward: ForwardView, view: TrainView, load: Load, cost: CostModel, limits: TrainLimits, room_s: float
 ) -> int:
     """How many tokens ride. Beside a microbatch on its way down: as many as save most, compared with slices of their
-    own, and no more than the rest of the time can take down; the first ones cost next to nothing, in every step. Else
-    as many as fit, unless slices would get on faster: then none."""
+    own, where that is WORTH it, and no more than the rest of the time can take down. Else as many as fit, unless slices
+    would get on faster: then none."""
     down_s = 0.0
     if view.backward is not None:
         down_s = limits.cost.seconds("backward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
-    own_s = limits.cost.seconds("forward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
-    most = min(forward.num_tokens - forward.done, limits.window or LARGEST_WINDOW)
+    window = min(forward.num_tokens, limits.window or LARGEST_WINDOW)
+    own_s = limits.cost.seconds("forward", window) * view.num_layers / window
+    most = min(forward.num_tokens - forward.done, window)
     fits, best, saved_s = 0, 0, 0.0
     # As many rows as the next measured size has often cost no more than fewer.
     knots = (knot - load.tokens for knot, _ in cost.points)
@@ -244,8 +248,9 @@ def _ride(
         if added_s + down_s * tokens > room_s:
             break
         fits = tokens
-        if tokens * own_s - added_s > saved_s:
-            best, saved_s = tokens, tokens * own_s - added_s
+        saves_s = tokens * own_s - added_s
+        if saves_s > max(saved_s, WORTH * tokens * own_s):
+            best, saved_s = tokens, saves_s
     if view.backward is not None:
         return best
     return fits if fits * own_s > room_s or fits == most else 0

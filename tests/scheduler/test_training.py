@@ -33,6 +33,8 @@ ROWS = (TrainRow(-1, 300, 1), TrainRow(-2, 200, 1))
 UP = ForwardView(1, ROWS, 500, 0, None, 0, True, 0)
 DOWN = BackwardView(2, ROWS, 500, 400, 0, True, LAYERS - 1, 500, False)
 COST = CostModel()
+# Rows beside the first one cost nothing up to 32.
+ROOMY = CostModel(((1, 0.020), (32, 0.0201), (256, 0.14)), per_pair_s=0.0, per_context_s=0.0)
 DECODE = Snapshot(running=(RunningRow(0, 20, 19), RunningRow(1, 30, 29)), free_blocks=1000, slack_s=0.2)
 
 
@@ -57,10 +59,22 @@ def slices_s(plan, cost):
 
 
 def test_training_fills_the_slack_and_no_more():
-    plan = policy.plan(snapshot(), limits())
+    plan = policy.plan(snapshot(), replace(limits(), cost=ROOMY))
     assert plan.slices and any(s.row < 0 for s in plan.segments)
     assert plan.predicted_s + plan.slices_s <= 0.2
     assert plan.slices_s == pytest.approx(slices_s(plan, TrainCost()))
+
+
+@pytest.mark.parametrize(("share", "rides"), [(0.0, True), (0.4, True), (0.6, False), (1.1, False)])
+def test_nobody_rides_for_less_than_half_of_what_slices_would_take(share, rides):
+    cost = TrainCost()
+    own_s = cost.seconds("forward", 500) * LAYERS / 500
+    train = TrainLimits(cost=replace(cost, ride_s=share * own_s))
+    plan = policy.plan(snapshot(), replace(limits(), cost=ROOMY, train=train))
+    assert any(s.row < 0 for s in plan.segments) == rides
+    # With nothing on its way down, what rides takes nothing from anybody.
+    alone = policy.plan(snapshot(train=TrainView(LAYERS, UP)), replace(limits(), cost=ROOMY, train=train))
+    assert any(s.row < 0 for s in alone.segments) or any(s.kind == "forward" for s in alone.slices)
 
 
 @pytest.mark.parametrize("slack_s", [-1.0, 0.0, 0.021])
