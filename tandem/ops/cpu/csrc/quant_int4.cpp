@@ -136,9 +136,9 @@ const int32_t* sum_inputs(const Strips& strips, int64_t rows) {
             const char* inputs = reinterpret_cast<const char*>(strips.at(0, s)) + r * STEP;
             const __m512i fours =
                 _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_loadu_si512(inputs));
-            const int first = _mm512_mask_reduce_add_epi32(0x00ff, fours);
-            const int second = _mm512_mask_reduce_add_epi32(0xff00, fours);
-            sums[s * rows + r] = (first & 0xffff) | second << 16;
+            const int16_t both[2] = {static_cast<int16_t>(_mm512_mask_reduce_add_epi32(0x00ff, fours)),
+                                     static_cast<int16_t>(_mm512_mask_reduce_add_epi32(0xff00, fours))};
+            std::memcpy(sums + s * rows + r, both, sizeof both);
         }
     return sums;
 }
