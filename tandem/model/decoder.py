@@ -87,8 +87,8 @@ class Decoder:
         record: Record | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [T, D]. Keys and values of all rows are written to `caches`, one per
-        layer, [2, num_blocks, K, block_size, head_dim] or quantised. T is at least
-        `kernels.min_rows`, padding included."""
+        layer, [2, num_blocks, K, block_size, head_dim] or quantised. T is at least `kernels.min_rows`, padding
+        included."""
         groups = self.spec.num_heads // self.spec.num_kv_heads
         reads = {w: self.kernels.prepare_attention(layout, caches[0], w, groups) for w in self.windows}
         angles = self.angles(layout.positions_T)

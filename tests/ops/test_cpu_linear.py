@@ -40,7 +40,7 @@ SIZES = [(96, 80), (33, 17)]
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), SIZES)
-@pytest.mark.parametrize("rows", [1, 5, 40, 97, 300])
+@pytest.mark.parametrize("rows", [1, 5, 20, 40, 60, 97, 300])
 def test_forward_and_backward(kernels: Kernels, rows: int, in_features: int, out_features: int) -> None:
     torch.manual_seed(rows)
     weight, bias = normal(out_features, in_features), normal(out_features)
@@ -68,8 +68,18 @@ def test_many_features_go_in_pieces(kernels: Kernels) -> None:
     )
 
 
+@pytest.mark.parametrize("out_features", [8192, 8200])
+def test_more_results_than_the_caches_hold(kernels: Kernels, out_features: int) -> None:
+    """They are written another way, by whole lines; what is left of a row is not."""
+    torch.manual_seed(0)
+    weight, x = normal(out_features, 64), normal(270, 64)
+    y = kernels.linear(x, kernels.pack(weight))
+    assert y.numel() > 2**21 and error(y, x.float() @ weight.float().T) < TOLERANCE
+    assert torch.equal(kernels.linear(x[200:203], kernels.pack(weight)), y[200:203])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("rows", [3, 130, 280])
+@pytest.mark.parametrize("rows", [3, 20, 40, 60, 130, 280])
 def test_a_row_does_not_depend_on_the_others(kernels: Kernels, rows: int, threads: int) -> None:
     torch.manual_seed(1)
     packed = kernels.pack(normal(176, 2080))
@@ -96,6 +106,8 @@ def test_a_row_does_not_depend_on_the_others(kernels: Kernels, rows: int, thread
         (3, 64, 40, 40, [(8, 13)]),
         (120, 2080, 64, 16, [(0, 64)]),
         (50, 96, 100, 70, [(0, 50), (50, 25), (75, 25)]),
+        (30, 96, 76, 16, [(0, 30), (30, 46)]),
+        (64, 64, 520, 40, [(0, 300), (300, 220)]),
     ],
 )
 @pytest.mark.parametrize("is_mixed", [False, True])

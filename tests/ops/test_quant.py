@@ -17,7 +17,7 @@ FORMATS: tuple[Format, ...] = ("int8", "int4")
 ISAS = library.available()[0]
 # (outputs, inputs): whole blocks, ends of blocks and groups, more than one span of inputs, next to nothing.
 SHAPES = [(64, 128), (96, 704), (33, 200), (300, 33), (40, 1056), (1, 1)]
-ROWS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 47, 64, 70)
+ROWS = (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 47, 64, 70)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -203,6 +203,18 @@ def test_results_do_not_depend_on_threads_or_on_many_rows(isa: str, format: Form
         assert torch.equal(one, two)
     assert torch.equal(kernels.linear(x[1050:1060], w), found[0][0][1050:1060])
     assert torch.equal(kernels.gradient(grad[1050:1060], w), found[0][1][1050:1060])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("outputs", [8192, 8200])
+def test_more_results_than_the_caches_hold(isa: str, format: Format, outputs: int) -> None:
+    """They are written another way, by whole lines; what is left of a row is not."""
+    kernels = compiled(format, isa)
+    w, x = kernels.pack(random(outputs, 64)), random(270, 64, seed=1)
+    y = kernels.linear(x, w)
+    assert y.numel() > 2**21 and relative(y, quant.linear(x.float(), w)) < 4e-3
+    assert torch.equal(kernels.linear(x[200:203], w), y[200:203])
 
 
 @pytest.mark.parametrize("isa", ISAS)

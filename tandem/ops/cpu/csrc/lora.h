@@ -130,10 +130,10 @@ public:
 
     // What LoRA adds in panels [begin, end) of 16 columns, as further terms of their products: a list for each, valid
     // until this thread's next call.
-    void terms(int64_t begin, int64_t end, Terms* added) const {
+    void terms(int64_t begin, int64_t end, const Terms** added) const {
         const int64_t steps = lora_.num_parts ? lora_.steps() : 0, bytes = LINE + steps * TILE * 2;
         char* room = lora_scratch().added.take((end - begin) * lora_.num_parts * bytes);
-        for (int64_t panel = begin; panel < end; ++panel) added[panel - begin].next = nullptr;
+        std::fill(added, added + (end - begin), nullptr);
         // The parts in the order of their addition.
         for (int64_t p = lora_.num_parts - 1; p >= 0; --p) {
             const LoraPart& part = lora_.parts[p];
@@ -153,7 +153,7 @@ public:
                     pack_right_rows(part.b + r * part.width + (column - part.offset), part.width, lora_.rank - r, low,
                                     high, factors + step * TILE);
                 }
-                const Terms*& list = added[panel - begin].next;
+                const Terms*& list = added[panel - begin];
                 list = new (room) Terms{hidden_ + p * strips_ * steps * TILE, factors, steps * TILE, steps, list};
                 room += bytes;
             }

@@ -86,7 +86,7 @@ struct Forward {
         const TileRegisters registers;
         alignas(64) float out[L * R * TILE_OUT];
         // Together, because each reads a little of many rows.
-        Terms added[LARGEST_GROUP];
+        const Terms* added[LARGEST_GROUP];
         lora.terms(begin, end, added);
         int64_t panel = begin;
         for (; panel + R <= end; panel += R) {
@@ -122,7 +122,8 @@ struct Forward {
                 for (int64_t pair = begin; pair < end; ++pair)
                     for (int64_t near = at; near < at + length; near += NEAR_STEPS)
                         multiply_pair(pair, near, std::min(NEAR_STEPS, at + length - near), low, count,
-                                      sums + (pair - begin) * blocks * BLOCK_OUT, low == 0 && blocks > FEW_BLOCKS && pair + 1 < end);
+                                      sums + (pair - begin) * blocks * BLOCK_OUT,
+                                      low == 0 && blocks > FEW_BLOCKS && pair + 1 < end);
             }
             finish_pairs(begin, end, low, count, sums);
         }
@@ -143,7 +144,7 @@ struct Forward {
 
     // Add what LoRA adds, then to y: a row's numbers of all pairs together, because rows lie on different pages.
     void finish_pairs(int64_t begin, int64_t end, int64_t low, int64_t count, float* sums) const {
-        Terms added[2 * LARGEST_GROUP];
+        const Terms* added[2 * LARGEST_GROUP];
         lora.terms(2 * begin, std::min(2 * end, divide_up(columns, TILE_COLUMNS)), added);
         const int64_t apart = divide_up(count, 2) * BLOCK_OUT;
         for (int64_t first = low; first < low + count; first += 2, sums += BLOCK_OUT) {
@@ -151,7 +152,7 @@ struct Forward {
             for (int64_t pair = begin; pair < end; ++pair) {
                 float* out = sums + (pair - begin) * apart;
                 for (int64_t j = 0; j < 2 && (2 * pair + j) * TILE_COLUMNS < columns; ++j) {
-                    lora.add(added[2 * (pair - begin) + j].next, first, lefts, out + j * TILE_OUT, 2 * TILE_OUT);
+                    lora.add(added[2 * (pair - begin) + j], first, lefts, out + j * TILE_OUT, 2 * TILE_OUT);
                     if (bias) add_bias(2 * pair + j, lefts, out + j * TILE_OUT, 2 * TILE_OUT);
                 }
             }
@@ -160,8 +161,7 @@ struct Forward {
                 bf16* to = y + (first * TILE_ROWS + r) * y_stride;
                 for (int64_t pair = begin; pair < end; ++pair, from += apart) {
                     const int64_t column = 2 * pair * TILE_COLUMNS;
-                    if (rows * columns > STAYING) store_rows<true>(to + column, from, from + TILE_OUT, columns - column);
-                    else store_rows<false>(to + column, from, from + TILE_OUT, columns - column);
+                    store_rows(to + column, from, from + TILE_OUT, columns - column, rows * columns > STAYING);
                 }
             }
         }

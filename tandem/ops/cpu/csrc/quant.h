@@ -364,12 +364,12 @@ void run_backward(const bf16* gy, int64_t gy_stride, int64_t m, int64_t n, const
 inline void store_outputs(float* sums, int64_t apart, int64_t pair, int64_t begin, int64_t end, int64_t rows,
                           int64_t outputs, const LoraForward& lora, const bf16* bias, bf16* y, int64_t stride) {
     const int64_t first = pair * PAIR, count = std::min(PAIR, rows - first);
-    Terms added[2 * BLOCKS_AT_ONCE];
+    const Terms* added[2 * BLOCKS_AT_ONCE];
     lora.terms(2 * begin, 2 * end, added);
     for (int64_t block = begin; block < end; ++block) {
         float* cell = sums + (block - begin) * apart;
         for (int64_t j = 0; j < 2; ++j)
-            lora.add(added[2 * (block - begin) + j].next, 2 * pair, divide_up(count, TILE_ROWS), cell + j * TILE_OUT,
+            lora.add(added[2 * (block - begin) + j], 2 * pair, divide_up(count, TILE_ROWS), cell + j * TILE_OUT,
                      2 * TILE_OUT);
         if (!bias) continue;
         for (int64_t c = 0; c < std::min(OUTPUTS, outputs - block * OUTPUTS); ++c) {
@@ -382,9 +382,7 @@ inline void store_outputs(float* sums, int64_t apart, int64_t pair, int64_t begi
         for (int64_t block = begin; block < end; ++block) {
             const float* from = sums + (block - begin) * apart + r / TILE_ROWS * 2 * TILE_OUT + r % TILE_ROWS * 16;
             bf16* to = y + (first + r) * stride + block * OUTPUTS;
-            const int64_t columns = outputs - block * OUTPUTS;
-            if (rows * outputs > STAYING) store_rows<true>(to, from, from + TILE_OUT, columns);
-            else store_rows<false>(to, from, from + TILE_OUT, columns);
+            store_rows(to, from, from + TILE_OUT, outputs - block * OUTPUTS, rows * outputs > STAYING);
         }
     finish_stores();
 }

@@ -56,7 +56,7 @@ private:
 // for the next block. Fewer misses there leave its fill buffers to what comes from memory.
 enum class Side { NONE, LEFT, RIGHT };
 
-// Left strips and a right one whose product is added to another: a list of them hangs on the first one's `next`.
+// Left strips and a right one whose product is added to another one's, and the next ones.
 struct Terms {
     const bf16 *left = nullptr, *right = nullptr;
     int64_t left_stride = 0, steps = 0;
@@ -151,10 +151,11 @@ TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const b
 }
 
 // The same for up to four left strips and right ones that come from memory, each read ahead by `far` bytes. While every
-// right tile is used once, more left strips cost little. `more[j]`: further terms of right strip j's products.
+// right tile is used once, more left strips cost little. `more[j]`: further terms of right strip j's
+// products, or null.
 template <int L, int R>
 TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
-                                   int64_t steps, float* out, int64_t, int64_t far, const Terms* more) {
+                                   int64_t steps, float* out, int64_t, int64_t far, const Terms* const* more) {
     static_assert(L * R + R < 8);
     constexpr int spare = L * R + R + 1 < 8 ? 1 : 0;
     unrolled<L * R>([&](auto i) { tile_zero<i>(); });
@@ -171,7 +172,7 @@ TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const 
         });
     }
     unrolled<R>([&](auto j) {
-        for (const Terms* part = more[j].next; part; part = part->next)
+        for (const Terms* part = more[j]; part; part = part->next)
             for (int64_t step = 0; step < part->steps; ++step) {
                 tile_load<7>(part->right + step * TILE);
                 unrolled<L>([&](auto i) {
@@ -282,11 +283,11 @@ TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const b
 
 template <int L, int R>
 TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
-                                   int64_t steps, float* out, int64_t rows, int64_t far, const Terms* more) {
+                                   int64_t steps, float* out, int64_t rows, int64_t far, const Terms* const* more) {
     const Ahead ahead{reinterpret_cast<const char*>(right) + far, 16};
     multiply_tiles<L, R>(left, left_stride, right, right_stride, steps, out, false, rows, ahead);
     for (int64_t j = 0; j < R; ++j)
-        for (const Terms* part = more[j].next; part; part = part->next)
+        for (const Terms* part = more[j]; part; part = part->next)
             for (int64_t i = 0; i < L; ++i)
                 multiply_tiles<1, 1>(part->left + i * part->left_stride, 0, part->right, 0, part->steps,
                                      out + (i * R + j) * TILE_OUT, true, rows - i * TILE_ROWS, {});
@@ -418,19 +419,19 @@ TANDEM_INLINE void store_row(bf16* to, const float* from, int64_t count) {
 // Numbers of a result that may be found in the caches later.
 constexpr int64_t STAYING = 1 << 21;
 
-// Two of them side by side, written as one cache line. PAST: past the caches, because so much is written that it would
-// be gone before it is read; lines need not be read to be written then. `finish_stores` ends a series of those.
-template <bool PAST = false>
-TANDEM_INLINE void store_rows(bf16* to, const float* left, const float* right, int64_t count) {
+// Two of them side by side, written as one cache line. `past`: past the caches, because so much is written that it
+// would be gone before it is read; lines need not be read to be written then. `finish_stores` ends a series of those.
+TANDEM_INLINE void store_rows(bf16* to, const float* left, const float* right, int64_t count, bool past = false) {
 #if defined(TANDEM_AVX512)
     const __mmask32 mask = count >= 32 ? 0xffffffffu : (1u << count) - 1u;
     const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(right), _mm512_loadu_ps(left));
-    if (PAST && count >= 32 && reinterpret_cast<uintptr_t>(to) % LINE == 0) {
+    if (past && count >= 32 && reinterpret_cast<uintptr_t>(to) % LINE == 0) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)both);
         return;
     }
     _mm512_mask_storeu_epi16(to, mask, (__m512i)both);
 #else
+    (void)past;
     store_row(to, left, count);
     if (count > 16) store_row(to + 16, right, count - 16);
 #endif
