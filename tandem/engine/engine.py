@@ -295,7 +295,8 @@ class Engine:
         for row in rows:
             self.blocks.commit(row.row_id, row.version, row.tokens, row.num_computed)
         self.pace.commit(rows, finished, time.monotonic())
-        self.pace.stalled(self._stall_s(plan, result.seconds), time.monotonic())
+        has_prompt = any(segment.length > 1 for segment in requests)
+        self.pace.stalled(result.seconds if has_prompt else None, time.monotonic())
         self._release(finished)
         if plan.segments:
             self._correct(plan, result.seconds)
@@ -309,14 +310,6 @@ class Engine:
         )
         self._count(plan, result, events, num_prompt_tokens)
         return events
-
-    def _stall_s(self, plan: StepPlan, seconds: float) -> float:
-        """How much longer a step took than its decodes alone, if there was a prompt in it."""
-        requests = plan.requests
-        decodes = [segment for segment in requests if segment.length == 1]
-        if len(decodes) == len(requests):
-            return 0.0
-        return max(seconds - self.limits.cost.predict(decodes), 1e-9)
 
     def _correct(self, plan: StepPlan, seconds: float) -> None:
         """Learn from a step: what serving takes where it was alone, else what riding adds beyond its tokens."""

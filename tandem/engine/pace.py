@@ -17,7 +17,7 @@ TYPICAL_CONTEXT = 512
 # Predictions miss; training aims at this share of the target.
 AIM = 0.99
 # A prompt that arrives stalls the rows that decode. So much time is kept for it: what all but a fifth of the recent
-# stalls took, put by at most at this share of the target a token.
+# stalls took beyond the aim, put by at most at this share of the target a token.
 STALL_QUANTILE = 0.8
 PUT_BY = 0.05
 RECENT_STALLS = 32
@@ -40,7 +40,7 @@ class Pace:
         self._ttft: deque[tuple[float, float]] = deque()
         self._tpot: deque[tuple[float, float]] = deque()
         self._stalls: deque[tuple[float, float]] = deque(maxlen=RECENT_STALLS)
-        self._stall_s = 0.0  # of the prompts being computed now
+        self._stall_s: float | None = None  # of the prompts being computed now
         self._reserve_s = 0.0
         self._refreshed = float("-inf")
         self._p95 = (0.0, 0.0)
@@ -66,12 +66,14 @@ class Pace:
         arrivals = (self._arrived[row.row_id] + wait_s - now for row in waiting[:1] if row.row_id in self._arrived)
         return min((*tokens, *arrivals), default=float("inf"))
 
-    def stalled(self, seconds: float, now: float) -> None:
-        """A step took so much longer for the prompts in it; 0 for one without, which ends a stall."""
-        self._stall_s += seconds
-        if seconds == 0.0 and self._stall_s:
-            self._stalls.append((now, self._stall_s))
-            self._stall_s = 0.0
+    def stalled(self, seconds: float | None, now: float) -> None:
+        """A step with prompts in it took so long; None: one without, which ends a stall. The rows that decode got a
+        token in each such step, and nobody trained: only what exceeds those tokens' aim is lost."""
+        if seconds is not None:
+            self._stall_s = (self._stall_s or 0.0) + seconds - AIM * self.tpot_s
+        elif self._stall_s is not None:
+            self._stalls.append((now, max(self._stall_s, 0.0)))
+            self._stall_s = None
             self._set_reserve(now)
 
     def _set_reserve(self, now: float) -> None:

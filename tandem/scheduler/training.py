@@ -20,13 +20,9 @@ LARGEST_WINDOW = 512
 # Window lengths are multiples of this: matrix products are prepared anew for each shape.
 WINDOW_STEP = 32
 FIXED_WINDOW = 256
-# What riders must save of the time that they would take in slices: what they leave to the slices down is cut into
-# smaller ones, which get less done.
-WORTH = 0.5
 # Parameters of an update's piece; less where each takes more than reading and writing it.
 UPDATE_STEP = {"adamw": 2**23, "sgd": 2**23, "lion": 2**23}
 SLOW_UPDATE_STEP = 2**20
-RIDE_STEP = 4
 
 
 class TrainRow(NamedTuple):
@@ -189,9 +185,10 @@ def fill(
 ) -> Training:
     """Training beside a forward pass with this `load` (empty: nothing to serve), within `slack_s` of the whole step.
 
-    Riding tokens go first: they cost least. What is left goes to slices, last microbatch first, so that activations
-    are given back early. One slice may take longer than a step of training should, if it must and the slack allows:
-    where the smallest there is takes that long, training would never get on otherwise.
+    The last microbatch goes first, so that activations are given back early. Where none is on its way down, tokens
+    ride: the few that could ride beside slices would cost more each than the many for which a step of their own has
+    room. One slice may take longer than a step of training should, if it must and the slack allows: where the smallest
+    there is takes that long, training would never get on otherwise.
     """
     is_alone = load.tokens == 0
     serving_s = cost.seconds(load)
@@ -199,12 +196,14 @@ def fill(
     room_s = min(most_s, limits.step_s)
     segments: tuple[Segment, ...] = ()
     forward = view.forward
-    rides = forward is not None and not is_alone and _may_ride(forward, limits, free_blocks, block_size)
-    if forward is not None and rides and (tokens := _ride(forward, view, load, cost, limits, room_s)):
+    rides = not is_alone and view.backward is None
+    if forward is not None and rides and _may_ride(forward, limits, free_blocks, block_size):
+        tokens = _ride(forward, view.num_layers, load, cost, limits, room_s)
         segments = _segments(forward.rows, forward.done, forward.done + tokens)
         ridden_s = _added_s(forward, load, cost, limits, tokens)
         room_s, most_s = room_s - ridden_s, most_s - ridden_s
-        forward = None  # what did not ride now rides in the next step
+        if tokens:
+            forward = None  # what did not ride now rides in the next step
     draft = _Slices(limits, view.num_layers, room_s, float("inf") if is_alone and slack_s > 0 else most_s)
     for update in view.updates:
         draft.update(update)
@@ -229,30 +228,19 @@ def _added_s(forward: ForwardView, load: Load, cost: CostModel, limits: TrainLim
 
 
 def _ride(
-    forward: ForwardView, view: TrainView, load: Load, cost: CostModel, limits: TrainLimits, room_s: float
+    forward: ForwardView, num_layers: int, load: Load, cost: CostModel, limits: TrainLimits, room_s: float
 ) -> int:
-    """How many tokens ride. Beside a microbatch on its way down: as many as save most, compared with slices of their
-    own, where that is WORTH it, and no more than the rest of the time can take down. Else as many as fit, unless slices
-    would get on faster: then none."""
-    down_s = 0.0
-    if view.backward is not None:
-        down_s = limits.cost.seconds("backward", FIXED_WINDOW) * view.num_layers / FIXED_WINDOW
+    """How many tokens ride: as many as fit, unless slices would get on faster; then none."""
     window = min(forward.num_tokens, limits.window or LARGEST_WINDOW)
-    own_s = limits.cost.seconds("forward", window) * view.num_layers / window
     most = min(forward.num_tokens - forward.done, window)
-    fits, best, saved_s = 0, 0, 0.0
-    # As many rows as the next measured size has often cost no more than fewer.
-    knots = (knot - load.tokens for knot, _ in cost.points)
-    for tokens in sorted({most, *range(RIDE_STEP, most, RIDE_STEP), *(n for n in knots if 0 < n < most)}):
-        added_s = _added_s(forward, load, cost, limits, tokens)
-        if added_s + down_s * tokens > room_s:
-            break
-        fits = tokens
-        saves_s = tokens * own_s - added_s
-        if saves_s > max(saved_s, WORTH * tokens * own_s):
-            best, saved_s = tokens, saves_s
-    if view.backward is not None:
-        return best
+    own_s = limits.cost.seconds("forward", window) * num_layers / window
+    fits, too_many = 0, most + 1
+    while fits + 1 < too_many:
+        tokens = (fits + too_many) // 2
+        if _added_s(forward, load, cost, limits, tokens) <= room_s:
+            fits = tokens
+        else:
+            too_many = tokens
     return fits if fits * own_s > room_s or fits == most else 0
 
 
@@ -320,7 +308,8 @@ class _Slices:
         self, kind: str, remaining: int, rows: Sequence[TrainRow] = (), edge: int = 0, unpacks: bool = False
     ) -> int:
         """The longest window that fits the time left, of those that split what remains evenly; the shortest if none
-        does. It ends at token `edge`, or begins at -`edge`."""
+        does. Only a step's first slice is cut shorter for that: what a step leaves unused, the next one has more. It
+        ends at token `edge`, or begins at -`edge`."""
         limits = self.limits
         largest = limits.window or LARGEST_WINDOW
         if limits.deterministic:
@@ -330,7 +319,7 @@ class _Slices:
         while True:
             start = edge - window if edge > 0 else -edge
             pairs = pairs_of(rows, start, start + window) if rows else 0
-            if limits.cost.seconds(kind, window, pairs, unpacks) <= self.room_s - self.slices_s:
+            if self.slices or limits.cost.seconds(kind, window, pairs, unpacks) <= self.room_s:
                 return window
             parts += 1
             shorter = _rounded(-(-remaining // parts))

@@ -41,14 +41,22 @@ def test_the_tightest_row_decides_and_rows_without_a_token_do_not(pace):
 
 
 def test_time_is_put_by_for_the_next_prompt(pace):
+    """Of a prompt's steps, each of which gave the rows that decode a token, what took longer than that may."""
     for _ in range(2):
-        pace.stalled(0.15, 10.1)
-    pace.stalled(0.0, 10.2)
+        pace.stalled(0.25, 10.1)
+    pace.stalled(None, 10.2)
+    lost_s = 2 * (0.25 - AIM * 0.1)
     few, many = row(1, 2), row(1, 80)
     assert pace.slack_s([few], [], 10.0) == pytest.approx(2 * (AIM - PUT_BY) * 0.1)
-    assert pace.slack_s([many], [], 10.0) == pytest.approx(80 * AIM * 0.1 - 0.3)
+    assert pace.slack_s([many], [], 10.0) == pytest.approx(80 * AIM * 0.1 - lost_s)
     pace.p95_s(100.0)
     assert pace.slack_s([many], [], 10.0) == pytest.approx(80 * AIM * 0.1), "an old stall is forgotten"
+
+
+def test_a_prompt_that_takes_no_longer_than_a_token_costs_nothing(pace):
+    pace.stalled(0.08, 10.1)
+    pace.stalled(None, 10.2)
+    assert pace.slack_s([row(1, 80)], [], 10.0) == pytest.approx(80 * AIM * 0.1)
 
 
 def test_who_waits_too_long_stops_training(pace):

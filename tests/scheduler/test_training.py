@@ -58,23 +58,35 @@ def slices_s(plan, cost):
 # ---------------------------------------------------------------- tables
 
 
-def test_training_fills_the_slack_and_no_more():
-    plan = policy.plan(snapshot(), replace(limits(), cost=ROOMY))
-    assert plan.slices and any(s.row < 0 for s in plan.segments)
-    assert plan.predicted_s + plan.slices_s <= 0.2
+@pytest.mark.parametrize("view", [TrainView(LAYERS, UP, DOWN), TrainView(LAYERS, UP), TrainView(LAYERS, None, DOWN)])
+def test_training_fills_the_slack_and_no_more(view):
+    plan = policy.plan(snapshot(train=view), replace(limits(), cost=ROOMY))
+    assert any(s.row < 0 for s in plan.segments) == (view.backward is None)
+    assert bool(plan.slices) == (view.backward is not None)
+    assert 0.1 < plan.predicted_s + plan.slices_s <= 0.2
     assert plan.slices_s == pytest.approx(slices_s(plan, TrainCost()))
 
 
-@pytest.mark.parametrize(("share", "rides"), [(0.0, True), (0.4, True), (0.6, False), (1.1, False)])
-def test_nobody_rides_for_less_than_half_of_what_slices_would_take(share, rides):
+@pytest.mark.parametrize(("share", "rides"), [(0.0, True), (0.5, True), (1.1, False)])
+def test_nobody_rides_where_slices_get_on_faster(share, rides):
     cost = TrainCost()
     own_s = cost.seconds("forward", 500) * LAYERS / 500
     train = TrainLimits(cost=replace(cost, ride_s=share * own_s))
-    plan = policy.plan(snapshot(), replace(limits(), cost=ROOMY, train=train))
+    flat = CostModel(((1, 0.020), (1024, 0.0201)), per_pair_s=0.0, per_context_s=0.0)
+    plan = policy.plan(snapshot(train=TrainView(LAYERS, UP)), replace(limits(), cost=flat, train=train))
     assert any(s.row < 0 for s in plan.segments) == rides
-    # With nothing on its way down, what rides takes nothing from anybody.
-    alone = policy.plan(snapshot(train=TrainView(LAYERS, UP)), replace(limits(), cost=ROOMY, train=train))
-    assert any(s.row < 0 for s in alone.segments) or any(s.kind == "forward" for s in alone.slices)
+    assert any(s.kind == "forward" for s in plan.slices) == (not rides)
+
+
+def test_only_the_first_slice_of_a_step_is_cut_to_fit():
+    """What a step leaves unused, the next one has more; smaller slices get less done."""
+    one_s = TrainCost().seconds("backward", 500, pairs_of(ROWS, 0, 500))
+    view = TrainView(LAYERS, None, DOWN._replace(lost=400, is_dense=True))
+    for share, windows in ((0.6, 1), (1.1, 1), (1.9, 1), (2.2, 2)):
+        some = snapshot(train=view, slack_s=0.021 + share * one_s)
+        plan = policy.plan(some, replace(limits(step_s=10.0), cost=ROOMY))
+        assert len(plan.slices) == windows
+        assert all(s.stop - s.start == 500 for s in plan.slices) == (share >= 1.0)
 
 
 @pytest.mark.parametrize("slack_s", [-1.0, 0.0, 0.021])

@@ -17,17 +17,17 @@ namespace {
 constexpr int64_t SUPER_STRIPS = 32;
 constexpr int64_t CACHED_BYTES = 1 << 19;
 constexpr int64_t LARGEST_GROUP = 16;
-// Up to so many blocks of two strips, lines read ahead for the next panels would take the place of those needed now.
-constexpr int64_t FEW_BLOCKS = 4;
 constexpr int64_t BLOCK_OUT = 4 * TILE_OUT;  // numbers of two strips by two
-// Tiles of two weight strips that stay in the first-level cache while the activations pass by.
+// Tiles of two weight strips that stay in the first-level cache while the activations pass by. Up to FEW_BLOCKS blocks of
+// two strips of rows, reading the weights takes as long as multiplying: fewer at once, so that both go on all the time.
 constexpr int64_t NEAR_STEPS = 16;
+constexpr int64_t FEW_BLOCKS = 6, FEW_NEAR_STEPS = 4, FEW_BYTES = 3072;
 // Within the page that is being read: a line further on would make the processor start reading ahead there as well.
 constexpr int64_t PREFETCH_BYTES = 2560;
 
 // Strips of rows up to which weights come from memory no faster than they are used.
 #if defined(TANDEM_AMX)
-constexpr int64_t NARROW = 4;
+constexpr int64_t NARROW = 2;
 #else
 constexpr int64_t NARROW = 1;
 #endif
@@ -103,8 +103,6 @@ struct Forward {
             case 1: return narrow<1, 1>(begin, end);
 #if defined(TANDEM_AMX)
             case 2: return narrow<2, 2>(begin, end);
-            case 3: return narrow<3, 1>(begin, end);
-            case 4: return narrow<4, 1>(begin, end);
 #endif
         }
     }
@@ -116,29 +114,35 @@ struct Forward {
         for (int64_t low = 0; low < num_strips(); low += SUPER_STRIPS) {
             const int64_t count = std::min(SUPER_STRIPS, num_strips() - low), blocks = divide_up(count, 2);
             const int64_t chunks = divide_up(count * steps * TILE * 2, CACHED_BYTES), per = divide_up(steps, chunks);
+            const bool few = blocks <= FEW_BLOCKS;
+            const int64_t most = few ? FEW_NEAR_STEPS : NEAR_STEPS;
             float* sums = reinterpret_cast<float*>(local().take((end - begin) * blocks * BLOCK_OUT * 4));
             for (int64_t at = 0; at < steps; at += per) {
                 const int64_t length = std::min(per, steps - at);
-                for (int64_t pair = begin; pair < end; ++pair)
-                    for (int64_t near = at; near < at + length; near += NEAR_STEPS)
-                        multiply_pair(pair, near, std::min(NEAR_STEPS, at + length - near), low, count,
-                                      sums + (pair - begin) * blocks * BLOCK_OUT,
-                                      low == 0 && blocks > FEW_BLOCKS && pair + 1 < end);
+                for (int64_t pair = begin; pair < end; ++pair) {
+                    const int64_t next = low == 0 && pair + 1 < end ? 4 * steps * TILE : 0;
+                    for (int64_t near = at; near < at + length; near += most)
+                        multiply_pair(pair, near, std::min(most, at + length - near), low, count,
+                                      sums + (pair - begin) * blocks * BLOCK_OUT, few ? FEW_BYTES : next);
+                }
             }
             finish_pairs(begin, end, low, count, sums);
         }
     }
 
-    // The tiles [at, at + length) of a pair of panels by `count` strips of rows.
+    // The tiles [at, at + length) of a pair of panels by `count` strips of rows. Those that lie `far` bytes further on
+    // (0: none) come into the cache meanwhile: the first half of the blocks reads one panel's, the second the other's.
     void multiply_pair(int64_t pair, int64_t at, int64_t length, int64_t low, int64_t count, float* sums,
-                       bool reads_ahead) const {
+                       int64_t far) const {
         const int64_t blocks = divide_up(count, 2);
+        const int64_t half = divide_up(blocks, 2), lines = far ? divide_up(16, half) : 0;
         const bf16* right = weight + (2 * pair * steps + at) * TILE;
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = low + 2 * block, lefts = std::min<int64_t>(2, low + count - first);
+            const char* panel = reinterpret_cast<const char*>(right + block / half * steps * TILE);
             multiply_block<Side::LEFT>(lefts, 2, strips + (first * steps + at) * TILE, steps * TILE, right,
                                        steps * TILE, length, sums + block * BLOCK_OUT, at > 0, lefts * TILE_ROWS,
-                                       reads_ahead ? next(pair, at, length, block, blocks) : Ahead{});
+                                       {panel + far + block % half * lines * LINE * length, lines});
         }
     }
 
@@ -166,14 +170,6 @@ struct Forward {
             }
         }
         finish_stores();
-    }
-
-    // The same tiles of the next pair come into the cache while these are used: the first half of the blocks reads one
-    // panel's, the second half the other's.
-    Ahead next(int64_t pair, int64_t at, int64_t length, int64_t block, int64_t blocks) const {
-        const int64_t half = divide_up(blocks, 2), lines = divide_up(16, half);
-        const bf16* from = weight + ((2 * (pair + 1) + block / half) * steps + at) * TILE;
-        return {reinterpret_cast<const char*>(from) + block % half * lines * 64 * length, lines};
     }
 
     void run() const {

@@ -150,9 +150,8 @@ TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const b
     unrolled<L * R>([&](auto i) { tile_store<i>(out + i * TILE_OUT); });
 }
 
-// The same for up to four left strips and right ones that come from memory, each read ahead by `far` bytes. While every
-// right tile is used once, more left strips cost little. `more[j]`: further terms of right strip j's
-// products, or null.
+// The same for right strips that come from memory, each read ahead by `far` bytes. `more[j]`: further terms of right
+// strip j's products, or null.
 template <int L, int R>
 TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
                                    int64_t steps, float* out, int64_t, int64_t far, const Terms* const* more) {
