@@ -46,11 +46,11 @@ def test_time_is_put_by_for_the_next_prompt(pace):
         pace.stalled(0.25, 10.1)
     pace.stalled(None, 10.2)
     lost_s = 2 * (0.25 - AIM * 0.1)
-    few, many = row(1, 2), row(1, 80)
+    few, many = row(1, 2), row(1, 200)
     assert pace.slack_s([few], [], 10.0) == pytest.approx(2 * (AIM - PUT_BY) * 0.1)
-    assert pace.slack_s([many], [], 10.0) == pytest.approx(80 * AIM * 0.1 - lost_s)
+    assert pace.slack_s([many], [], 10.0) == pytest.approx(200 * AIM * 0.1 - lost_s)
     pace.p95_s(100.0)
-    assert pace.slack_s([many], [], 10.0) == pytest.approx(80 * AIM * 0.1), "an old stall is forgotten"
+    assert pace.slack_s([many], [], 10.0) == pytest.approx(200 * AIM * 0.1), "an old stall is forgotten"
 
 
 def test_a_prompt_that_takes_no_longer_than_a_token_costs_nothing(pace):
