@@ -19,7 +19,7 @@ AIM = 0.99
 # A prompt that arrives stalls the rows that decode. So much time is kept for it: what all but a fifth of the recent
 # stalls took beyond the aim, put by at most at this share of the target a token.
 STALL_QUANTILE = 0.8
-PUT_BY = 0.05
+PUT_BY = 0.035
 RECENT_STALLS = 32
 # Once the first of the queue has waited so long, training stands back.
 WAIT_SHARE = 0.5
