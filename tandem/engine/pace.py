@@ -17,9 +17,10 @@ TYPICAL_CONTEXT = 512
 # Predictions miss; training aims at this share of the target.
 AIM = 0.99
 # A prompt that arrives stalls the rows that decode. So much time is kept for it: what all but a fifth of the recent
-# stalls took beyond the aim, put by at most at this share of the target a token.
+# stalls took beyond the aim, put by at most at this share of the target a token: the more, the nearer the recent
+# requests' 95th percentile is to the target. LEAST_PUT_BY up to 97 % of it, MOST_PUT_BY from 100 % on.
 STALL_QUANTILE = 0.8
-PUT_BY = 0.035
+LEAST_PUT_BY, MOST_PUT_BY = 0.02, 0.05
 RECENT_STALLS = 32
 # Once the first of the queue has waited so long, training stands back.
 WAIT_SHARE = 0.5
@@ -42,6 +43,7 @@ class Pace:
         self._stalls: deque[tuple[float, float]] = deque(maxlen=RECENT_STALLS)
         self._stall_s: float | None = None  # of the prompts being computed now
         self._reserve_s = 0.0
+        self._put_by = LEAST_PUT_BY
         self._refreshed = float("-inf")
         self._p95 = (0.0, 0.0)
 
@@ -56,7 +58,7 @@ class Pace:
         """Seconds until the first running row must have its next token, if the mean time per token of each is to keep
         its target, also when the next prompt arrives; or until a waiting row has used up its share of its target: what
         runs must be done sooner then."""
-        aim_s, put_by_s = AIM * self.tpot_s, PUT_BY * self.tpot_s
+        aim_s, put_by_s = AIM * self.tpot_s, self._put_by * self.tpot_s
         tokens = (
             first + row.num_generated * aim_s - min(self._reserve_s, row.num_generated * put_by_s) - now
             for row in running
@@ -99,6 +101,8 @@ class Pace:
                     recent.popleft()
             self._set_reserve(now)
             self._p95 = (_p95([s for _, s in self._ttft]), _p95([s for _, s in self._tpot]))
+            nearness = self._p95[1] / self.tpot_s + MOST_PUT_BY - 1.0
+            self._put_by = min(max(nearness, LEAST_PUT_BY), MOST_PUT_BY)
         return self._p95
 
 

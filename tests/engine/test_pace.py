@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tandem.config import TrainingConfig
-from tandem.engine.pace import AIM, PUT_BY, Pace
+from tandem.engine.pace import AIM, LEAST_PUT_BY, Pace
 from tandem.scheduler.budget import CostModel
 
 
@@ -47,10 +47,23 @@ def test_time_is_put_by_for_the_next_prompt(pace):
     pace.stalled(None, 10.2)
     lost_s = 2 * (0.25 - AIM * 0.1)
     few, many = row(1, 2), row(1, 200)
-    assert pace.slack_s([few], [], 10.0) == pytest.approx(2 * (AIM - PUT_BY) * 0.1)
+    assert pace.slack_s([few], [], 10.0) == pytest.approx(2 * (AIM - LEAST_PUT_BY) * 0.1)
     assert pace.slack_s([many], [], 10.0) == pytest.approx(200 * AIM * 0.1 - lost_s)
     pace.p95_s(100.0)
     assert pace.slack_s([many], [], 10.0) == pytest.approx(200 * AIM * 0.1), "an old stall is forgotten"
+
+
+@pytest.mark.parametrize(("share", "put_by"), [(0.9, 0.02), (0.985, 0.035), (1.0, 0.05), (1.5, 0.05)])
+def test_more_is_put_by_the_nearer_recent_requests_are_to_their_target(pace, share, put_by):
+    pace.stalled(10.0, 10.1)
+    pace.stalled(None, 10.2)
+    done = row(1, 11)
+    pace.commit([done], [done], 10.0 + 10 * share * 0.1)
+    pace.p95_s(12.0)
+    pace.commit([row(2, 1)], [], 12.0)
+    assert pace.slack_s([row(2, 1)], [], 12.0) == pytest.approx((AIM - put_by) * 0.1)
+    pace.p95_s(100.0)
+    assert pace.slack_s([row(2, 1)], [], 12.0) == pytest.approx(AIM * 0.1), "old requests are forgotten"
 
 
 def test_a_prompt_that_takes_no_longer_than_a_token_costs_nothing(pace):
