@@ -21,9 +21,10 @@ constexpr int64_t BLOCK_OUT = 4 * TILE_OUT;  // numbers of two strips by two
 // Tiles of two weight strips that stay in the first-level cache while the activations pass by. Up to FEW_BLOCKS blocks of
 // two strips of rows, reading the weights takes as long as multiplying: fewer at once, so that both go on all the time.
 constexpr int64_t NEAR_STEPS = 16;
-constexpr int64_t FEW_BLOCKS = 6, FEW_NEAR_STEPS = 4, FEW_BYTES = 3072;
-// Within the page that is being read: a line further on would make the processor start reading ahead there as well.
-constexpr int64_t PREFETCH_BYTES = 2560;
+constexpr int64_t FEW_BLOCKS = 6, FEW_NEAR_STEPS = 4;
+// Mostly within the page that is being read: a line in another one makes the processor read ahead there as well. For up
+// to FEW_BLOCKS blocks, and for at most NARROW strips of rows.
+constexpr int64_t FEW_BYTES = 3072, PREFETCH_BYTES = 2560;
 
 // Strips of rows up to which weights come from memory no faster than they are used.
 #if defined(TANDEM_AMX)

@@ -155,8 +155,7 @@ TANDEM_INLINE void multiply_tiles(const bf16* left, int64_t left_stride, const b
 template <int L, int R>
 TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const bf16* right, int64_t right_stride,
                                    int64_t steps, float* out, int64_t, int64_t far, const Terms* const* more) {
-    static_assert(L * R + R < 8);
-    constexpr int spare = L * R + R + 1 < 8 ? 1 : 0;
+    static_assert(L * R + R + 2 <= 8);
     unrolled<L * R>([&](auto i) { tile_zero<i>(); });
     for (int64_t step = 0; step < steps; ++step, left += TILE, right += TILE) {
         unrolled<R>([&](auto j) {
@@ -165,7 +164,7 @@ TANDEM_INLINE void multiply_stream(const bf16* left, int64_t left_stride, const 
             tile_load<7 - j>(at);
         });
         unrolled<L>([&](auto i) {
-            constexpr int taken = 7 - R - spare * (i % 2);
+            constexpr int taken = 7 - R - i % 2;
             tile_load<taken>(left + i * left_stride);
             unrolled<R>([&](auto j) { tile_multiply<i * R + j, taken, 7 - j>(); });
         });
